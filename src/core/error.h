@@ -1,0 +1,47 @@
+#pragma once
+// Errors: two kinds, both one line for the user. InputError is something the caller can mend (a file, a key, a
+// value: exit code 2); Error is everything else (exit code 1). main() holds the only catch.
+
+#include <fmt/core.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace pith {
+
+// The caller's source line. Every op takes `Loc at = Loc::current()` last, so that a failure in forward or in
+// backward is reported at the line of the model file that called the op; composite ops pass `at` on.
+struct Loc {
+  const char* file = "?";
+  int line = 0;
+  static constexpr Loc current(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+  std::string str() const;  // "qwen3_moe.cpp:142" (the file without its directories)
+};
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+struct InputError : Error {
+  using Error::Error;
+};
+
+// fail("what {} ...", value): throws Error / InputError with the formatted message.
+template <class... A>
+[[noreturn]] void fail(fmt::format_string<A...> f, A&&... a) {
+  throw Error(fmt::format(f, std::forward<A>(a)...));
+}
+template <class... A>
+[[noreturn]] void fail_input(fmt::format_string<A...> f, A&&... a) {
+  throw InputError(fmt::format(f, std::forward<A>(a)...));
+}
+
+// One line on stderr, "warning: ..."; the same text is printed once per process.
+void warn_once(const std::string& text);
+
+// On SIGSEGV, SIGBUS, SIGFPE, SIGILL and SIGABRT: prints the op that was running (see Op) and a C++ stack trace to
+// stderr, then dies of the same signal. The trace of an Error is not printed: its message names the line.
+void install_crash_handler();
+
+}  // namespace pith

@@ -1,0 +1,109 @@
+#pragma once
+// Op: the one helper through which every operator checks, allocates, runs on its device and records its backward.
+//
+//   Tensor scale(Tape& tape, const Tensor& x, float a, Loc at) {
+//     Op op(tape, "scale", at, {{"x", x}});
+//     op.require(x.rank() == 2, "x must be a matrix");
+//     Tensor y = op.output("y", x.shape(), x.dtype());
+//     op.run({.bytes = 2.0 * x.nbytes()}, [&] { ... });
+//     op.backward([=](Op& op) {
+//       Tensor dy = op.grad(y);
+//       if (auto dx = op.accumulate(x)) op.run({.bytes = ...}, [&] { ... dx.add ? += : = ... });
+//     });
+//     return y;
+//   }
+
+#include <functional>
+#include <initializer_list>
+#include <utility>
+#include <vector>
+
+#include "core/tape.h"
+
+namespace pith {
+
+struct OpError : Error {  // already carries its op and line
+  using Error::Error;
+};
+
+class Op {
+ public:
+  struct Arg {
+    const char* name;
+    const Tensor& tensor;
+  };
+  Op(Tape& tape, const char* name, Loc at, std::initializer_list<Arg> args);
+  Op(const Op&) = delete;
+  ~Op();
+
+  // Throws "<file>:<line>: <op>: <message>; x bf16[4, 8] cpu, w bf16[8] cpu" when not ok.
+  template <class... A>
+  void require(bool ok, fmt::format_string<A...> f, A&&... a) const {
+    if (!ok) reject(fmt::format(f, std::forward<A>(a)...));
+  }
+  [[noreturn]] void reject(const std::string& message) const;
+
+  // A result. If the tape records, it gets a gradient slot. `name` must be a literal (memory accounting keeps it).
+  Tensor output(const char* name, Shape shape, DType dtype);
+  // Scratch memory, freed with the last copy of the tensor; counted like every buffer.
+  Tensor workspace(const char* name, Shape shape, DType dtype);
+
+  // Runs `cpu` on cpu tensors; on meta only the cost is counted. Anything it throws is reported at this op's line.
+  template <class F>
+  void run(Cost cost, F&& cpu) {
+    if (start(cost)) {
+      try {
+        cpu();
+      } catch (const OpError&) {
+        throw;
+      } catch (const std::exception& e) {
+        reject(e.what());
+      }
+      finish();
+    }
+  }
+
+  // Appends the closure that computes input gradients; dropped unless the tape records. It is skipped when none of
+  // the outputs has a gradient. Capture tensors by value and Params by reference.
+  void backward(std::function<void(Op&)> f);
+
+  // Inside a backward closure:
+  Tensor grad(const Tensor& y);  // gradient of an output; zeros if this one got none
+  struct Into {
+    Tensor tensor;     // where to write; empty if nobody wants this gradient
+    bool add = false;  // add to what is there, else overwrite
+    explicit operator bool() const { return bool(tensor); }
+  };
+  Into accumulate(const Tensor& x);  // same shape and dtype as x
+  Into accumulate(Param& p);         // the main gradient
+  void give(const Tensor& x, Tensor grad);  // a gradient that exists already: kept without a copy if it is the first
+  void defer(Param& p, const Tensor& x, const Tensor& dy, const Tensor& offsets = {});
+
+  Context& context() const { return tape_.context; }
+  bool recording() const { return tape_.record_; }
+  bool wants(const Tensor& x) const { return tape_.wants(x); }
+  const char* text() const noexcept;  // for the crash handler; a static buffer
+
+ private:
+  friend class Tape;
+  Op(Tape& tape, const Tape::Entry& entry);  // backward of an entry
+  bool start(Cost cost);
+  void finish();
+  void check_written() const;
+
+  Tape& tape_;
+  const char* name_;
+  Loc at_;
+  bool backward_ = false;
+  std::vector<Tape::Arg> args_;
+  std::vector<Tensor> written_;  // outputs, and gradients in backward: for check_finite
+  std::vector<uint64_t> outputs_;
+  int64_t begin_ns_ = 0;
+  Cost cost_;
+  const Op* previous_;
+};
+
+// What was running, for the crash handler: "rms_norm backward at qwen3_moe.cpp:142: x bf16[4, 8]", or "".
+const char* current_op_text() noexcept;
+
+}  // namespace pith

@@ -1,0 +1,119 @@
+#include "core/rng.h"
+
+#include <cmath>
+
+namespace pith {
+
+Philox philox(uint64_t key, uint64_t lo, uint64_t hi) {
+  uint32_t c0 = uint32_t(lo), c1 = uint32_t(lo >> 32), c2 = uint32_t(hi), c3 = uint32_t(hi >> 32);
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t(0xd2511f53u) * c0, p1 = uint64_t(0xcd9e8d57u) * c2;
+    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
+    c1 = uint32_t(p1);
+    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+    c3 = uint32_t(p0);
+    k0 += 0x9e3779b9u;
+    k1 += 0xbb67ae85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+uint64_t hash_name(std::string_view name) {
+  uint64_t h = 0xcbf29ce484222325ull;
+  for (unsigned char c : name) h = (h ^ c) * 0x100000001b3ull;
+  h = (h ^ (h >> 33)) * 0xff51afd7ed558ccdull;
+  return h ^ (h >> 33);
+}
+
+double uniform(uint64_t key, uint64_t index) {
+  const Philox p = philox(key, index);
+  return double((uint64_t(p.out[0]) << 21) ^ (p.out[1] >> 11)) * 0x1p-53;
+}
+
+namespace {
+
+// Natural logarithm on (0, 1]: x = m 2^e with m in [sqrt(1/2), sqrt(2)), atanh series in s = (m - 1) / (m + 1). Only
+// operations that IEEE 754 rounds exactly (and explicit fma), so every device computes the same bits.
+float log_fixed(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  int e = int(u >> 23) - 127;
+  u = (u & 0x007fffffu) | 0x3f800000u;
+  float m;
+  std::memcpy(&m, &u, 4);
+  if (m > 1.41421354f) {
+    m *= 0.5f;
+    ++e;
+  }
+  const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
+  float p = std::fma(z, 1.0f / 9, 1.0f / 7);
+  p = std::fma(z, p, 1.0f / 5);
+  p = std::fma(z, p, 1.0f / 3);
+  p = std::fma(z, p, 1.0f);
+  return std::fma(float(e), 0.693147182f, 2.0f * s * p);
+}
+
+// cos(2 pi t) for t in [0, 1): the Taylor series around the nearest multiple of a quarter turn.
+float cos_turn(float t) {
+  const float q = std::floor(std::fma(4.0f, t, 0.5f));
+  const float a = (t - 0.25f * q) * 6.28318548f, z = a * a;
+  float c = std::fma(z, 2.48015876e-5f, -1.38888892e-3f);
+  c = std::fma(z, c, 4.16666679e-2f);
+  c = std::fma(z, c, -0.5f);
+  c = std::fma(z, c, 1.0f);
+  float s = std::fma(z, 2.75573188e-6f, -1.98412701e-4f);
+  s = std::fma(z, s, 8.33333377e-3f);
+  s = std::fma(z, s, -0.166666672f);
+  s = std::fma(z * a, s, a);
+  switch (int(q) & 3) {
+    case 0: return c;
+    case 1: return -s;
+    case 2: return -c;
+    default: return s;
+  }
+}
+
+}  // namespace
+
+float normal(uint64_t key, uint64_t index) {
+  const Philox p = philox(key, index);
+  const float u = float((p.out[0] >> 8) + 1) * 0x1p-24f;  // (0, 1]
+  const float t = float(p.out[1] >> 8) * 0x1p-24f;
+  return std::sqrt(-2.0f * log_fixed(u)) * cos_turn(t);
+}
+
+void fill_normal(Tensor dst, uint64_t key, uint64_t first, double std) {
+  by_float(dst.dtype(), [&](auto z) {
+    using T = decltype(z);
+    if constexpr (std::is_same_v<T, bf16>) {
+      fail("fill_normal writes fp32 or fp64, not {}", dst.str());
+    } else {
+      T* p = dst.data<T>();
+      const int64_t n = dst.numel();
+      const float scale = float(std);
+#pragma omp parallel for if (n > 16384)
+      for (int64_t i = 0; i < n; ++i) p[i] = T(scale * normal(key, first + uint64_t(i)));
+    }
+  });
+}
+
+uint64_t permute(uint64_t index, uint64_t n, uint64_t key) {
+  int half = 1;
+  while (half < 32 && (uint64_t(1) << (2 * half)) < n) ++half;
+  const uint64_t mask = (uint64_t(1) << half) - 1;
+  uint64_t x = index;
+  do {
+    uint64_t left = x >> half, right = x & mask;
+    for (uint64_t round = 0; round < 6; ++round) {
+      const uint64_t f = philox(key, right, round).out[0] & mask;
+      const uint64_t next = left ^ f;
+      left = right;
+      right = next;
+    }
+    x = (left << half) | right;
+  } while (x >= n);
+  return x;
+}
+
+}  // namespace pith

@@ -1,0 +1,95 @@
+#pragma once
+// Autograd, explicit and linear. Every op appends one closure next to its forward code; backward() runs them last to
+// first and drops each as it goes, so that saved tensors are freed at the earliest moment. A stage of a layer is one
+// tape; its inputs are leaves: gradients go in at outputs and come out at leaves.
+
+#include <functional>
+#include <unordered_map>
+#include <vector>
+
+#include "core/param.h"
+#include "core/tensor.h"
+
+namespace pith {
+
+class Op;
+
+// Counted by every op. flops: of matrix multiplications and attention; bytes: of tensors read and written.
+struct Cost {
+  double flops = 0;
+  double bytes = 0;
+};
+
+struct OpEvent {  // one run of one op, for the timeline
+  const char* name;
+  Loc at;
+  bool backward;
+  int64_t begin_ns, end_ns;
+  Cost cost;
+};
+
+// Where a computation runs and how it is watched: one per process and device, passed explicitly.
+struct Context {
+  Device device = Device::cpu;
+  DType dtype = DType::f32;   // compute
+  bool check_finite = false;  // scan what every op writes and fail at the op's line
+  Cost total;                 // since the owner last cleared it
+  int64_t ops = 0;
+  std::vector<OpEvent>* timeline = nullptr;
+};
+
+// A deferred weight gradient: grad(param) += dy^T x, for grouped linears expert by expert. It is data, not code, so
+// that the records of several micro-batches can go into one GEMM with a longer K.
+struct WgradRecord {
+  Param* param;
+  Tensor x;        // [N, in]
+  Tensor dy;       // [N, out]
+  Tensor offsets;  // i32 [E + 1] rows of each expert, or empty for a dense linear
+  Loc at;
+};
+using WgradQueue = std::vector<WgradRecord>;
+
+class Tape {
+ public:
+  // record = false keeps nothing (evaluation, generation). Weight gradients of linears go to `queue`.
+  explicit Tape(Context& context, bool record = true, WgradQueue* queue = nullptr)
+      : context(context), queue(queue), record_(record) {}
+  Tape(Tape&&) = default;
+
+  Context& context;
+  WgradQueue* queue;
+
+  bool recording() const { return record_; }
+  void leaf(const Tensor& x);         // x wants a gradient
+  bool wants(const Tensor& x) const;  // leaves, and outputs of ops recorded on this tape
+  void set_grad(const Tensor& y, Tensor grad);  // seeds an output; a second call adds
+  Tensor grad(const Tensor& x) const;           // empty if there is none
+  Tensor take_grad(const Tensor& x);            // moves it out; zeros if nothing reached x
+  void backward();
+  size_t size() const { return entries_.size(); }
+
+ private:
+  friend class Op;
+  struct Arg {
+    const char* name;
+    Shape shape;
+    DType dtype;
+    Device device;
+  };
+  struct Entry {
+    const char* name;
+    Loc at;
+    std::vector<Arg> args;
+    std::vector<uint64_t> outputs;
+    std::function<void(Op&)> run;
+  };
+  struct Slot {
+    Tensor grad;
+    bool is_leaf = false;
+  };
+  bool record_;
+  std::vector<Entry> entries_;
+  std::unordered_map<uint64_t, Slot> slots_;
+};
+
+}  // namespace pith

@@ -1,0 +1,186 @@
+#include "core/tensor.h"
+
+#include <algorithm>
+#include <atomic>
+#include <type_traits>
+#include <utility>
+
+#include "core/memory.h"
+
+namespace pith {
+
+namespace {
+struct DTypeInfo {
+  const char* name;
+  size_t size;
+};
+constexpr DTypeInfo kDTypes[] = {{"fp64", 8}, {"fp32", 4}, {"bf16", 2},   {"e4m3", 1},
+                                 {"int64", 8}, {"int32", 4}, {"uint16", 2}, {"uint8", 1}};
+
+uint64_t next_id() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
+}
+}  // namespace
+
+size_t size_of(DType t) { return kDTypes[int(t)].size; }
+const char* name_of(DType t) { return kDTypes[int(t)].name; }
+const char* name_of(Device d) { return d == Device::cpu ? "cpu" : d == Device::cuda ? "cuda" : "meta"; }
+
+DType parse_dtype(const std::string& text) {
+  for (DType t : {DType::f64, DType::f32, DType::bf16})
+    if (text == name_of(t)) return t;
+  fail_input("unknown dtype '{}': use bf16, fp32 or fp64", text);
+}
+
+Shape::Shape(std::initializer_list<int64_t> dims) : Shape(std::span(dims.begin(), dims.size())) {}
+
+Shape::Shape(std::span<const int64_t> dims) : rank_(int(dims.size())) {
+  if (rank_ > 4) fail("a tensor has at most 4 dimensions, not {}", rank_);
+  for (int i = 0; i < rank_; ++i) {
+    if (dims[i] < 0) fail("negative dimension {} in a shape", dims[i]);
+    dims_[i] = dims[i];
+  }
+}
+
+int64_t Shape::numel() const {
+  int64_t n = 1;
+  for (int i = 0; i < rank_; ++i) n *= dims_[i];
+  return n;
+}
+
+bool Shape::operator==(const Shape& o) const {
+  return rank_ == o.rank_ && std::equal(dims_, dims_ + rank_, o.dims_);
+}
+
+std::string Shape::str() const {
+  std::string s = "[";
+  for (int i = 0; i < rank_; ++i) s += (i ? ", " : "") + std::to_string(dims_[i]);
+  return s + "]";
+}
+
+struct Tensor::Storage {
+  void* data;
+  size_t bytes;
+  Device device;
+  const char* name;
+  Storage(size_t bytes, Device device, const char* name)
+      : data(memory::allocate(bytes, device, name)), bytes(bytes), device(device), name(name) {}
+  Storage(const Storage&) = delete;
+  ~Storage() { memory::release(data, bytes, device, name); }
+};
+
+Tensor::Tensor(Shape shape, DType dtype, Device device, const char* name)
+    : shape_(shape), dtype_(dtype), device_(device), id_(next_id()) {
+  storage_ = std::make_shared<Storage>(nbytes(), device, name);
+}
+
+Tensor Tensor::zeros(Shape shape, DType dtype, Device device, const char* name) {
+  Tensor t(shape, dtype, device, name);
+  t.fill_zero();
+  return t;
+}
+
+void Tensor::check(DType want) const {
+  if (dtype_ != want) fail("a {} tensor was read as {}", str(), name_of(want));
+}
+
+void* Tensor::raw() { return const_cast<void*>(std::as_const(*this).raw()); }
+
+const void* Tensor::raw() const {
+  if (!storage_) fail("an empty tensor has no data");
+  if (device_ == Device::meta) fail("a meta tensor {} has no data", shape_.str());
+  return static_cast<const std::byte*>(storage_->data) + offset_;
+}
+
+Tensor Tensor::reshape(Shape shape) const {
+  if (shape.numel() != numel()) fail("cannot reshape {} to {}", shape_.str(), shape.str());
+  Tensor t = *this;
+  t.shape_ = shape;
+  return t;
+}
+
+Tensor Tensor::row_range(int64_t begin, int64_t end) const {
+  if (rank() < 1 || begin < 0 || end < begin || end > dim(0))
+    fail("rows [{}, {}) of a tensor {}", begin, end, shape_.str());
+  Tensor t = *this;
+  int64_t dims[4];
+  std::copy(shape_.dims().begin(), shape_.dims().end(), dims);
+  dims[0] = end - begin;
+  t.shape_ = Shape(std::span<const int64_t>(dims, size_t(rank())));
+  t.offset_ += size_t(begin * cols()) * size_of(dtype_);
+  t.id_ = next_id();
+  return t;
+}
+
+Tensor Tensor::identity() const {
+  Tensor t = *this;
+  t.storage_ = nullptr;
+  return t;
+}
+
+Tensor Tensor::clone(const char* name) const {
+  Tensor t(shape_, dtype_, device_, name);
+  t.copy_from(*this);
+  return t;
+}
+
+Tensor Tensor::to(DType dtype, const char* name) const {
+  Tensor t(shape_, dtype, device_, name);
+  t.copy_from(*this);
+  return t;
+}
+
+void Tensor::fill_zero() {
+  if (device_ == Device::cpu && nbytes()) std::memset(raw(), 0, nbytes());
+}
+
+void Tensor::copy_from(const Tensor& src) {
+  if (src.numel() != numel()) fail("cannot copy {} into {}", src.str(), str());
+  if (device_ == Device::meta || numel() == 0) return;
+  if (src.dtype_ == dtype_) {
+    std::memcpy(raw(), src.raw(), nbytes());
+    return;
+  }
+  by_float(dtype_, [&](auto d) {
+    by_float(src.dtype_, [&](auto s) {
+      const auto* in = src.data<decltype(s)>();
+      auto* out = data<decltype(d)>();
+      const int64_t n = numel();
+#pragma omp parallel for simd if (n > 65536)
+      for (int64_t i = 0; i < n; ++i) {
+        if constexpr (std::is_same_v<decltype(d), bf16>)
+          out[i] = bf16(float(in[i]));
+        else
+          out[i] = decltype(d)(in[i]);
+      }
+    });
+  });
+}
+
+std::string Tensor::str() const {
+  if (!storage_) return "empty";
+  return std::string(name_of(dtype_)) + shape_.str() + " " + name_of(device_);
+}
+
+template <class T> std::vector<T> Tensor::to_vector() const {
+  std::vector<T> out(static_cast<size_t>(numel()));
+  const auto copy = [&](auto z) {
+    const auto* p = data<decltype(z)>();
+    for (size_t i = 0; i < out.size(); ++i) out[i] = T(p[i]);
+  };
+  switch (dtype_) {
+    case DType::i64: copy(int64_t{}); break;
+    case DType::i32: copy(int32_t{}); break;
+    case DType::u16: copy(uint16_t{}); break;
+    case DType::u8: copy(uint8_t{}); break;
+    default: by_float(dtype_, copy);
+  }
+  return out;
+}
+template std::vector<double> Tensor::to_vector() const;
+template std::vector<float> Tensor::to_vector() const;
+template std::vector<int64_t> Tensor::to_vector() const;
+template std::vector<int32_t> Tensor::to_vector() const;
+
+}  // namespace pith

@@ -1,0 +1,77 @@
+#pragma once
+// Token corpora: the Megatron-LM pair PREFIX.bin (ids, uint16 or int32, back to back) and PREFIX.idx.
+// .idx, little-endian: "MMIDIDX\0\0", u64 version 1, u8 dtype code (8 = uint16, 4 = int32), u64 sequences, u64
+// document indices (documents + 1), int32 lengths[sequences] in tokens, int64 offsets[sequences] in bytes,
+// int64 document_indices[], the first sequence of every document, from 0 to `sequences`.
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/file.h"
+
+namespace pith {
+
+// Reader over memory maps. Everything in the index is checked when it is opened (InputError); token
+// ids are not: who feeds them to a model checks them against its vocabulary. Safe for concurrent use.
+class Corpus {
+ public:
+  explicit Corpus(const std::string& prefix);  // PREFIX.idx and PREFIX.bin
+  const std::string& prefix() const { return prefix_; }
+  int64_t sequences() const { return sequences_; }
+  int64_t documents() const { return documents_; }
+  int64_t tokens() const { return tokens_; }
+  int token_bytes() const { return token_bytes_; }  // 2 or 4
+
+  // Ids [begin, begin + count) of the concatenated stream into out[count]. Error outside the stream.
+  void read(int64_t begin, int64_t count, int32_t* out) const;
+
+  // In tokens. Sequence or document i begins at its offset; i = sequences() or documents() gives
+  // tokens().
+  int64_t sequence_offset(int64_t i) const;
+  int64_t sequence_length(int64_t i) const { return sequence_offset(i + 1) - sequence_offset(i); }
+  int64_t document_offset(int64_t d) const;
+  int64_t document_length(int64_t d) const { return document_offset(d + 1) - document_offset(d); }
+  int64_t document_of(int64_t token) const;  // the document a position is in; O(log documents)
+  int64_t document_start(int64_t token) const { return document_offset(document_of(token)); }
+
+ private:
+  void check_index() const;
+  std::string prefix_;
+  MappedFile index_, data_;
+  int64_t sequences_ = 0, documents_ = 0, tokens_ = 0;
+  int token_bytes_ = 0;
+};
+
+// Writer. Tokens and lengths grow in PREFIX.bin.partial and PREFIX.len.partial; finish() makes the
+// pair appear by rename. A writer destroyed before that leaves the partial files, from which another
+// may continue.
+class CorpusWriter {
+ public:
+  // uint16 when vocab_size < 65500, else int32. Keeps the first `documents` documents of `tokens`
+  // tokens of the partial files (InputError if they have fewer); 0, 0 starts afresh.
+  CorpusWriter(const std::string& prefix, int64_t vocab_size, int64_t documents = 0,
+               int64_t tokens = 0);
+  // One document of one sequence. Error for an id outside the vocabulary.
+  void add(std::span<const int32_t> ids);
+  void flush_to_disk();  // what was added so far survives a crash
+  void finish();         // InputError when nothing was added
+  int64_t documents() const { return documents_; }
+  int64_t tokens() const { return tokens_; }
+  // Whether the partial files hold that much.
+  static bool can_continue(const std::string& prefix, int64_t vocab_size, int64_t documents,
+                           int64_t tokens);
+
+ private:
+  void drain();
+  void write_index();
+  std::string prefix_;
+  int64_t vocab_size_, documents_, tokens_;
+  int token_bytes_;
+  OutputFile bin_, lengths_;
+  std::vector<char> bin_buffer_;
+  std::vector<int32_t> length_buffer_;
+};
+
+}  // namespace pith

@@ -1,0 +1,53 @@
+#pragma once
+// Batches from token corpora. Which sample a row gets depends only on (seed, row number): not on
+// the mesh, the micro-batch or where a run was interrupted.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/tensor.h"
+
+namespace pith {
+
+// `batch` sequences of `sequence` tokens, row after row: i32 [B * S] on the cpu. Labels below 0 are
+// ignored.
+struct Batch {
+  Tensor tokens, labels, positions;
+  Tensor document_start;  // where in the sequence the token's document starts; empty without masks
+  int64_t batch = 0, sequence = 0, label_count = 0;
+};
+
+class Loader {
+ public:
+  // Corpora with weights per token. Samples are windows of sequence_length + 1 tokens, stride
+  // sequence_length; within a corpus a keyed permutation per epoch. Of the corpora that are behind
+  // their weight the one whose next sample is due first takes its turn: after any number of samples
+  // each has had its share to within one (Baruah et al., "Proportionate progress", 1996; simply
+  // taking the largest deficit can be off by more with many corpora). InputError: a corpus of fewer
+  // than sequence_length + 1 tokens, a weight that is not positive.
+  Loader(const std::vector<std::pair<std::string, double>>& corpora, int64_t sequence_length,
+         int64_t vocab_size, bool document_mask, uint64_t seed);
+  // Validation: all windows of the corpora, in order.
+  static Loader sequential(const std::vector<std::string>& corpora, int64_t sequence_length,
+                           int64_t vocab_size, bool document_mask);
+  Loader(Loader&&) noexcept;
+  ~Loader();
+
+  int64_t size() const;  // windows in one epoch of all corpora
+  // How many times each corpus has been gone through after so many samples, fractions included.
+  std::vector<double> epochs(int64_t samples) const;
+  // Rows [first, first + count) of the endless sequence of samples (sequential: first + count <=
+  // size()). InputError: a token id outside the vocabulary, or no labels at all. Moving forward
+  // costs a few ns per sample passed over, moving back starts from the first sample. Not for
+  // concurrent use.
+  Batch batch(int64_t first, int64_t count) const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace pith

@@ -1,0 +1,55 @@
+#pragma once
+// What `pith tokenize` reads: the list of files, and a reader that cuts them into chunks.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace pith {
+
+struct Source {
+  enum class Kind { text, lines, standard_input };
+  std::string path;
+  Kind kind;
+  int64_t bytes = 0, time = 0;  // on disk; nanoseconds
+};
+
+// Every file behind `inputs`, in the order given. InputError for a path that does not exist, a
+// compressed file that is not .jsonl, or no file at all.
+std::vector<Source> find_sources(const std::vector<std::string>& inputs,
+                                 const std::vector<std::string>& globs);
+
+// Where a chunk ends: the source to go on with, the decompressed bytes and lines of it already read.
+struct Position {
+  int64_t source = 0, offset = 0, line = 0;
+};
+
+// About a megabyte of work, the same whatever the number of workers.
+struct Chunk {
+  size_t begin = 0, end = 0;   // one document each: the text sources [begin, end)
+  std::string lines;           // or lines of sources[begin], the first of which is `first_line`,
+  int64_t first_line = 0;      // counted from 1;
+  bool whole = false;          // or `lines` as one document
+  Position after;
+  int64_t disk_bytes = 0;      // of all sources, read when this chunk ends
+};
+
+class ChunkReader {
+ public:
+  ChunkReader(const std::vector<Source>& sources, Position start);
+  ~ChunkReader();
+  bool next(Chunk& chunk);  // false at the end; InputError for what cannot be read
+
+ private:
+  class Stream;
+  void next_texts(Chunk& chunk);
+  void next_lines(Chunk& chunk);
+  const std::vector<Source>& sources_;
+  Position at_;
+  std::unique_ptr<Stream> stream_;  // of sources_[at_.source], when that has lines
+  std::string rest_;                // read from stream_ but not handed out
+  int64_t done_bytes_ = 0;          // on disk, of the sources before at_.source
+};
+
+}  // namespace pith

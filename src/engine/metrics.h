@@ -1,0 +1,65 @@
+#pragma once
+// What a run reports after each update: the step line on stdout, metrics.jsonl and TensorBoard, all
+// in the same words.
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/file.h"
+
+namespace pith {
+
+class EventFile;
+
+struct LayerLoad {
+  int layer = 0;   // decoder layer
+  double max = 0;  // tokens of its busiest expert / mean over its experts
+};
+
+struct StepMetrics {
+  int64_t step = 0;              // updates done, this one included
+  double loss = 0;               // cross entropy alone, mean over the labels of the step
+  double balance_loss = 0;       // before the coefficient
+  std::optional<double> z_loss;  // before the coefficient
+  std::optional<double> validation_loss;
+  double lr = 0;         // the one used
+  double grad_norm = 0;  // before clipping
+  double tokens_per_second = 0;
+  double sol = 0;      // time of the necessary matmuls and attention at measured peak / step time
+  double peak_gb = 0;  // 1e9 bytes
+  double seconds = 0;  // of the step
+  std::vector<LayerLoad> load;  // one per MoE layer; load_max is the largest of them
+};
+
+// "step 200/4096  loss 3.2147  ...  load_max 1.9@L07  eta 52m", then "  validation_loss 3.1000"
+// where measured.
+std::string step_line(const StepMetrics& m, int64_t total_steps, double eta_seconds);
+
+// One JSON object without the line end; reals round-trip, a non-finite number is null.
+std::string step_json(const StepMetrics& m);
+
+class Metrics {
+ public:
+  // Continues OUT/metrics.jsonl after update `done_steps`: lines of later updates and half-written
+  // ones are dropped, atomically. TensorBoard events go to a new file in OUT/tensorboard/. OUT must
+  // exist.
+  Metrics(const std::string& out, int64_t done_steps, int64_t total_steps);
+  ~Metrics();
+
+  // Prints the line and appends to both files; a line of metrics.jsonl is one write.
+  void log(const StepMetrics& m);
+
+ private:
+  int64_t total_steps_;
+  OutputFile json_;
+  std::unique_ptr<EventFile> events_;
+  std::chrono::steady_clock::time_point last_;
+  int64_t logged_ = 0;
+  double seconds_per_step_ = 0;  // smoothed, evaluation and checkpoints included
+};
+
+}  // namespace pith

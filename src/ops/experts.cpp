@@ -1,0 +1,261 @@
+#include "ops/experts.h"
+
+#include <algorithm>
+
+#include "ops/simd.h"
+
+namespace pith {
+namespace {
+
+using cpu::Acc;
+
+constexpr int64_t kParallel = 1 << 14;  // elements below which threads cost more than they save
+
+// What a gradient kernel leaves in memory: the value alone, or added to what earlier ops left
+// there.
+template <class T> T merged(const T& old, Acc<T> value, bool add) {
+  return T(add ? Acc<T>(old) + value : value);
+}
+
+int64_t pairs_in_use(const ExpertOrder& order) {
+  return order.offsets.data<int32_t>()[order.offsets.numel() - 1];
+}
+
+// The order as order_by_expert makes it, and x a matrix of so many rows.
+void check_order(const Op& op, const ExpertOrder& order, const Tensor& x, int64_t rows) {
+  op.require(order.pairs.rank() == 2 && order.slots.rank() == 1 &&
+                 order.slots.dim(0) == order.pairs.numel(),
+             "pairs must be [T, K] and slots [T K]");
+  op.require(x.rank() == 2 && x.dim(0) == rows, "a matrix of {} rows is needed for these pairs",
+             rows);
+}
+
+// y[pair] = x[row of the pair]; a row is read once and lands in its K places. Unused pairs become
+// zero.
+template <class T> void spread(const Tensor& x, const ExpertOrder& order, Tensor y, bool add) {
+  const int64_t rows = order.pairs.dim(0), slots = order.pairs.dim(1), width = x.dim(1);
+  const int32_t* pairs = order.pairs.data<int32_t>();
+  const T* from = x.data<T>();
+  T* to = y.data<T>();
+#pragma omp parallel for if (y.numel() > kParallel)
+  for (int64_t t = 0; t < rows; ++t) {
+    const T* in = from + t * width;
+    for (int64_t j = 0; j < slots; ++j) {
+      const int64_t n = pairs[t * slots + j];
+      if (n < 0) continue;
+      T* out = to + n * width;
+      if (!add) {
+        std::copy(in, in + width, out);
+      } else {
+        for (int64_t i = 0; i < width; ++i) out[i] = merged(out[i], in[i], true);
+      }
+    }
+  }
+  const int64_t used = pairs_in_use(order);
+  if (!add && used < y.dim(0)) y.row_range(used, y.dim(0)).fill_zero();
+}
+
+// x[row] = sum of y over the row's pairs, in slot order; one block of columns at a time stays in
+// registers.
+template <class T> void collect(const Tensor& y, const ExpertOrder& order, Tensor x, bool add) {
+  constexpr int64_t kBlock = 64;
+  const int64_t rows = order.pairs.dim(0), slots = order.pairs.dim(1), width = x.dim(1);
+  const int32_t* pairs = order.pairs.data<int32_t>();
+  const T* from = y.data<T>();
+  T* to = x.data<T>();
+#pragma omp parallel for if (y.numel() > kParallel)
+  for (int64_t t = 0; t < rows; ++t) {
+    for (int64_t begin = 0; begin < width; begin += kBlock) {
+      const int64_t count = std::min(kBlock, width - begin);
+      Acc<T> sum[kBlock] = {};
+      for (int64_t j = 0; j < slots; ++j) {
+        const int64_t n = pairs[t * slots + j];
+        if (n < 0) continue;
+        const T* in = from + n * width + begin;
+        for (int64_t i = 0; i < count; ++i) sum[i] += Acc<T>(in[i]);
+      }
+      T* out = to + t * width + begin;
+      for (int64_t i = 0; i < count; ++i) out[i] = merged(out[i], sum[i], add);
+    }
+  }
+}
+
+// gather: spread; else collect. Each is the other's backward.
+void move(const Tensor& from, const ExpertOrder& order, Tensor to, bool add, bool gather) {
+  by_float(from.dtype(), [&](auto z) {
+    using T = decltype(z);
+    gather ? spread<T>(from, order, to, add) : collect<T>(from, order, to, add);
+  });
+}
+
+Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const ExpertOrder& order,
+                 bool gather, Loc at) {
+  Op op(tape, name, at, {{"from", from}, {"pairs", order.pairs}, {"slots", order.slots}});
+  const int64_t rows = order.pairs.dim(0), pairs = order.slots.dim(0);
+  check_order(op, order, from, gather ? rows : pairs);
+  Tensor to = op.output(name, {gather ? pairs : rows, from.dim(1)}, from.dtype());
+  const Cost cost{.bytes = double(from.nbytes() + to.nbytes())};
+  op.run(cost, [&] { move(from, order, to, false, gather); });
+  op.backward([=](Op& op) {
+    const Tensor d_to = op.grad(to);
+    if (auto d = op.accumulate(from))
+      op.run(cost, [&] { move(d_to, order, d.tensor, d.add, !gather); });
+  });
+  return to;
+}
+
+// The weight of each pair; 1 without weights. `used` rows carry data, the rest are zero.
+template <class A> struct PairWeights {
+  const A* weights;
+  const int32_t* slots;
+  int64_t used;
+  A of(int64_t n) const { return weights ? weights[slots[n]] : A(1); }
+};
+
+template <class A>
+PairWeights<A> pair_weights(const Tensor& gate_up, const Tensor& weights,
+                            const ExpertOrder& order) {
+  if (!order.slots) return {nullptr, nullptr, gate_up.dim(0)};
+  return {weights ? weights.data<A>() : nullptr, order.slots.data<int32_t>(), pairs_in_use(order)};
+}
+
+template <class T>
+void swiglu_forward(const Tensor& gate_up, const PairWeights<Acc<T>>& weights, Tensor y) {
+  using A = Acc<T>;
+  const int64_t width = y.dim(1);
+  const T* from = gate_up.data<T>();
+  T* to = y.data<T>();
+#pragma omp parallel for if (y.numel() > kParallel)
+  for (int64_t n = 0; n < weights.used; ++n) {
+    const T *gate = from + n * 2 * width, *up = gate + width;
+    const A weight = weights.of(n);
+    T* out = to + n * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i)
+      out[i] = cpu::narrow<T>(A(gate[i]) * cpu::sigmoid_of(A(gate[i])) * A(up[i]) * weight);
+  }
+  if (weights.used < y.dim(0)) y.row_range(weights.used, y.dim(0)).fill_zero();
+}
+
+// With s = sigmoid(g): silu'(g) = s + g s (1 - s). dweights may be null. kAdd is a template
+// argument because the loop would not vectorize with a choice in it.
+template <class T, bool kAdd>
+void swiglu_backward(const Tensor& gate_up, const PairWeights<Acc<T>>& weights, const Tensor& dy,
+                     Tensor d, Acc<T>* dweights) {
+  using A = Acc<T>;
+  const int64_t width = dy.dim(1);
+  const T *from = gate_up.data<T>(), *above = dy.data<T>();
+  T* to = d.data<T>();
+#pragma omp parallel for if (dy.numel() > kParallel)
+  for (int64_t n = 0; n < weights.used; ++n) {
+    const T *gate = from + n * 2 * width, *up = gate + width, *dout = above + n * width;
+    T *dgate = to + n * 2 * width, *dup = dgate + width;
+    const A weight = weights.of(n);
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; ++i) {
+      const A g = A(gate[i]), u = A(up[i]), s = cpu::sigmoid_of(g), silu = g * s, dz = A(dout[i]);
+      sum += dz * silu * u;
+      dgate[i] = merged(dgate[i], dz * weight * u * (s + silu * (A(1) - s)), kAdd);
+      dup[i] = merged(dup[i], dz * weight * silu, kAdd);
+    }
+    if (dweights) dweights[weights.slots[n]] += sum;
+  }
+  if (!kAdd && weights.used < d.dim(0)) d.row_range(weights.used, d.dim(0)).fill_zero();
+}
+
+// Both forms: weights may be empty, and without weights the order too.
+Tensor swiglu_of(Op& op, const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order) {
+  op.require(gate_up.rank() == 2 && gate_up.dim(1) % 2 == 0, "gate_up must be [N, 2 I]");
+  Tensor y = op.output("swiglu", {gate_up.dim(0), gate_up.dim(1) / 2}, gate_up.dtype());
+  op.run({.bytes = 1.5 * gate_up.nbytes()}, [&] {
+    by_float(y.dtype(), [&](auto z) {
+      using T = decltype(z);
+      swiglu_forward<T>(gate_up, pair_weights<Acc<T>>(gate_up, weights, order), y);
+    });
+  });
+  op.backward([=](Op& op) {
+    const Tensor dy = op.grad(y);
+    const Op::Into into = op.accumulate(gate_up);
+    Op::Into dw;
+    if (weights) dw = op.accumulate(weights);
+    if (!into && !dw) return;
+    // Where nobody wants the larger gradient the kernel still needs a place to write it.
+    Tensor d = into ? into.tensor : op.workspace("swiglu_grad", gate_up.shape(), gate_up.dtype());
+    op.run({.bytes = 2.5 * gate_up.nbytes()}, [&] {
+      by_float(y.dtype(), [&](auto z) {
+        using T = decltype(z);
+        using A = Acc<T>;
+        if (dw && !dw.add)
+          dw.tensor.fill_zero();  // slots of nobody have no pair that would write them
+        const auto kernel = into.add ? swiglu_backward<T, true> : swiglu_backward<T, false>;
+        kernel(gate_up, pair_weights<A>(gate_up, weights, order), dy, d,
+               dw ? dw.tensor.data<A>() : nullptr);
+      });
+    });
+  });
+  return y;
+}
+
+}  // namespace
+
+void check_expert_ids(const Tensor& ids, int64_t experts) {
+  const int32_t* p = ids.data<int32_t>();
+  for (int64_t i = 0; i < ids.numel(); ++i)
+    if (p[i] < -1 || p[i] >= experts)
+      fail("expert id {} at [{}, {}] is outside [-1, {})", p[i], i / ids.cols(), i % ids.cols(),
+           experts);
+}
+
+ExpertOrder order_by_expert(Tape& tape, const Tensor& ids, int64_t experts, Loc at) {
+  Op op(tape, "order_by_expert", at, {{"ids", ids}});
+  op.require(ids.rank() == 2 && ids.dtype() == DType::i32, "ids must be i32 [T, K]");
+  op.require(experts >= 1, "{} experts", experts);
+  op.require(ids.numel() < INT32_MAX, "{} pairs do not fit into int32", ids.numel());
+  // Not op.output: integers have no gradient slot.
+  ExpertOrder order{op.workspace("expert_offsets", {experts + 1}, DType::i32),
+                    op.workspace("expert_slots", {ids.numel()}, DType::i32),
+                    op.workspace("expert_pairs", ids.shape(), DType::i32)};
+  op.run({.bytes = 4.0 * ids.nbytes()}, [&] {
+    check_expert_ids(ids, experts);
+    const int32_t* id = ids.data<int32_t>();
+    int32_t *offsets = order.offsets.data<int32_t>(), *slots = order.slots.data<int32_t>(),
+            *pairs = order.pairs.data<int32_t>();
+    std::vector<int32_t> next(size_t(experts) + 1, 0);
+    for (int64_t i = 0; i < ids.numel(); ++i) ++next[size_t(int64_t(id[i]) + 1)];
+    next[0] = 0;  // counted the ids of -1
+    for (int64_t e = 0; e < experts; ++e) next[size_t(e + 1)] += next[size_t(e)];
+    std::copy(next.begin(), next.end(), offsets);
+    for (int64_t i = 0; i < ids.numel(); ++i) {
+      pairs[i] = id[i] < 0 ? -1 : next[size_t(id[i])]++;
+      if (id[i] >= 0) slots[pairs[i]] = int32_t(i);
+    }
+    std::fill(slots + offsets[experts], slots + ids.numel(), -1);
+  });
+  return order;
+}
+
+Tensor gather_rows(Tape& tape, const Tensor& x, const ExpertOrder& order, Loc at) {
+  return move_rows(tape, "gather_rows", x, order, true, at);
+}
+
+Tensor sum_rows(Tape& tape, const Tensor& y, const ExpertOrder& order, Loc at) {
+  return move_rows(tape, "sum_rows", y, order, false, at);
+}
+
+Tensor swiglu(Tape& tape, const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
+              Loc at) {
+  Op op(tape, "swiglu", at, {{"gate_up", gate_up}, {"pairs", order.pairs}, {"slots", order.slots}});
+  check_order(op, order, gate_up, order.slots.dim(0));
+  const DType wide = master_dtype(gate_up.dtype());
+  op.require(!weights || (weights.shape() == order.pairs.shape() && weights.dtype() == wide),
+             "weights must be {} like pairs, not {}", name_of(wide), weights.str());
+  return swiglu_of(op, gate_up, weights, order);
+}
+
+Tensor swiglu(Tape& tape, const Tensor& gate_up, Loc at) {
+  Op op(tape, "swiglu", at, {{"gate_up", gate_up}});
+  return swiglu_of(op, gate_up, {}, {});
+}
+
+}  // namespace pith

@@ -1,0 +1,205 @@
+#include <algorithm>
+#include <vector>
+
+#include "ops/attention.h"
+#include "ops/simd.h"
+
+// qk_norm_rope of ops/attention.h. D is the head size.
+
+namespace pith {
+namespace {
+
+using cpu::Acc;
+using cpu::narrow;
+
+constexpr int64_t kChunk = 64;  // tokens whose weight gradients are summed together
+
+// One call, token by token, in the accumulation type A; rounded to T where Hugging Face rounds. z
+// [D] is scratch.
+template <class T> struct Rope {
+  using A = Acc<T>;
+  AttentionShape shape;
+  int64_t half;  // rotated channels / 2
+  A eps;
+  const T *x, *wq, *wk;  // wq and wk may be null: no norm
+  const A *cos, *sin;
+  const int32_t* positions;
+
+  int64_t rotated_heads() const { return shape.heads + shape.kv_heads; }
+  const T* weight(int64_t head) const { return head < shape.heads ? wq : wk; }
+  A inverse_rms(const T* v) const {
+    A sum = 0;
+#pragma omp simd simdlen(16) reduction(+ : sum)
+    for (int64_t d = 0; d < shape.head_dim; ++d) sum += A(v[d]) * A(v[d]);
+    return 1 / std::sqrt(sum / A(shape.head_dim) + eps);
+  }
+
+  void forward(int64_t t, T* y, A* z) const {
+    const A *c = cos + positions[t] * half, *s = sin + positions[t] * half;
+    const T* in = x + t * shape.width();
+    y += t * shape.width();
+    for (int64_t h = 0; h < rotated_heads(); ++h, in += shape.head_dim, y += shape.head_dim) {
+      if (const T* w = weight(h)) {
+        const A r = inverse_rms(in);
+#pragma omp simd
+        for (int64_t d = 0; d < shape.head_dim; ++d)
+          z[d] = A(narrow<T>(A(narrow<T>(A(in[d]) * r)) * A(w[d])));
+      } else {
+        std::copy_n(in, shape.head_dim, z);
+      }
+#pragma omp simd
+      for (int64_t d = 0; d < half; ++d) {
+        y[d] = narrow<T>(z[d] * c[d] - z[d + half] * s[d]);
+        y[d + half] = narrow<T>(z[d + half] * c[d] + z[d] * s[d]);
+      }
+      for (int64_t d = 2 * half; d < shape.head_dim; ++d) y[d] = T(z[d]);
+    }
+    std::copy_n(in, shape.kv_heads * shape.head_dim, y);
+  }
+
+  // dx = (add ? dx : 0) + gradient; dw [2, D], of wq and wk, += gradient. The rotation is undone,
+  // then the norm.
+  void backward(int64_t t, const T* dy, T* dx, bool add, A* dw, A* z) const {
+    const A *c = cos + positions[t] * half, *s = sin + positions[t] * half;
+    const int64_t dim = shape.head_dim;
+    for (int64_t h = 0, at = t * shape.width(); h < shape.heads + 2 * shape.kv_heads;
+         ++h, at += dim) {
+      const T *in = x + at, *g = dy + at;
+      std::copy_n(g, dim, z);
+      const bool rotated = h < rotated_heads();
+#pragma omp simd
+      for (int64_t d = 0; d < (rotated ? half : 0); ++d) {
+        z[d] = A(g[d]) * c[d] + A(g[d + half]) * s[d];
+        z[d + half] = A(g[d + half]) * c[d] - A(g[d]) * s[d];
+      }
+      A r = 1, mean = 0;  // dx = r (z w - x r mean(z w x r))
+      if (const T* w = rotated ? weight(h) : nullptr) {
+        A* dw_h = dw + (h < shape.heads ? 0 : dim);
+        r = inverse_rms(in);
+#pragma omp simd simdlen(16) reduction(+ : mean)
+        for (int64_t d = 0; d < dim; ++d) {
+          dw_h[d] += z[d] * A(narrow<T>(A(in[d]) * r));
+          z[d] *= A(w[d]);
+          mean += z[d] * A(in[d]) * r;
+        }
+        mean *= r / A(dim);
+      }
+#pragma omp simd
+      for (int64_t d = 0; d < dim; ++d)
+        dx[at + d] = narrow<T>((add ? A(dx[at + d]) : A(0)) + r * (z[d] - mean * A(in[d])));
+    }
+  }
+};
+
+// The arguments of one call.
+struct Call {
+  Tensor qkv;
+  Param *q_norm, *k_norm;
+  float eps;
+  RopeTable table;
+  Tensor positions;
+  AttentionShape shape;
+
+  void check(const Op& op) const {
+    const DType own = qkv.dtype(), wide = master_dtype(own);
+    const auto& [cos, sin] = table;
+    op.require(qkv.shape() == Shape{shape.batch * shape.sequence, shape.width()},
+               "qkv must be [{} x {} tokens, {}]", shape.batch, shape.sequence, shape.width());
+    for (const Param* w : {q_norm, k_norm})
+      op.require(!w || (w->value.shape() == Shape{shape.head_dim} && w->value.dtype() == own),
+                 "a norm weight must be {}[{}]", name_of(own), shape.head_dim);
+    op.require(cos.rank() == 2 && cos.shape() == sin.shape() && cos.dtype() == wide &&
+                   sin.dtype() == wide && 2 * cos.dim(1) <= shape.head_dim,
+               "cos and sin must be {}[P, at most {}]", name_of(wide), shape.head_dim / 2);
+    op.require(positions.dtype() == DType::i32 && positions.numel() == qkv.dim(0),
+               "positions must be int32[{}]", qkv.dim(0));
+    if (positions.device() != Device::cpu) return;
+    for (int32_t p : positions.span<int32_t>())
+      op.require(p >= 0 && p < cos.dim(0), "position {} is outside the rotary tables of {}", p,
+                 cos.dim(0));
+  }
+  // f(rope, token, z) for every token over the threads, the tokens of a chunk in order on one.
+  template <class T, class F> void for_tokens(F f) const {
+    using A = Acc<T>;
+    const auto weight = [](const Param* w) {
+      return w ? std::as_const(w->value).data<T>() : nullptr;
+    };
+    const Rope<T> rope{shape,
+                       table.cos.dim(1),
+                       A(eps),
+                       qkv.data<T>(),
+                       weight(q_norm),
+                       weight(k_norm),
+                       table.cos.data<A>(),
+                       table.sin.data<A>(),
+                       positions.data<int32_t>()};
+    const int64_t tokens = qkv.dim(0);
+#pragma omp parallel if (qkv.numel() > 16384)
+    {
+      std::vector<A> z(static_cast<size_t>(shape.head_dim));
+#pragma omp for
+      for (int64_t first = 0; first < tokens; first += kChunk)
+        for (int64_t t = first; t < std::min(tokens, first + kChunk); ++t) f(rope, t, z.data());
+    }
+  }
+};
+
+// grad = (add ? grad : 0) + the sum of the chunks' gradients, in order; `which` is 0 for q, 1 for
+// k.
+template <class A> void sum_chunks(const Tensor& chunks, int64_t which, Op::Into into) {
+  if (!into) return;
+  const int64_t dim = chunks.dim(2);
+  A* grad = into.tensor.data<A>();
+  if (!into.add) std::fill_n(grad, dim, A(0));
+  for (int64_t c = 0; c < chunks.dim(0); ++c)
+    for (int64_t d = 0; d < dim; ++d) grad[d] += chunks.data<A>()[(2 * c + which) * dim + d];
+}
+
+void rope_backward(Op& op, const Call& call, const Tensor& dy) {
+  const Tensor& qkv = call.qkv;
+  const int64_t dim = call.shape.head_dim;
+  auto dx = op.accumulate(qkv);
+  const Op::Into dw_q = call.q_norm ? op.accumulate(*call.q_norm) : Op::Into{};
+  const Op::Into dw_k = call.k_norm ? op.accumulate(*call.k_norm) : Op::Into{};
+  if (!dx) dx.tensor = op.workspace("qk_norm_rope_dx", qkv.shape(), qkv.dtype());
+  Tensor chunks = op.workspace("qk_norm_dw", {(qkv.dim(0) + kChunk - 1) / kChunk, 2, dim},
+                               master_dtype(qkv.dtype()));
+  op.run({.bytes = 3.0 * qkv.nbytes()}, [&] {
+    chunks.fill_zero();
+    by_float(qkv.dtype(), [&](auto type) {
+      using T = decltype(type);
+      const T* from = dy.data<T>();
+      T* to = dx.tensor.data<T>();
+      Acc<T>* dw = chunks.data<Acc<T>>();
+      call.for_tokens<T>([&](const Rope<T>& rope, int64_t t, Acc<T>* z) {
+        rope.backward(t, from, to, dx.add, dw + t / kChunk * 2 * dim, z);
+      });
+      sum_chunks<Acc<T>>(chunks, 0, dw_q);
+      sum_chunks<Acc<T>>(chunks, 1, dw_k);
+    });
+  });
+}
+
+}  // namespace
+
+Tensor qk_norm_rope(Tape& tape, const Tensor& qkv, Param* q_norm, Param* k_norm, float eps,
+                    const RopeTable& rope, const Tensor& positions, const AttentionShape& shape,
+                    Loc at) {
+  Op op(tape, "qk_norm_rope", at,
+        {{"qkv", qkv}, {"cos", rope.cos}, {"sin", rope.sin}, {"positions", positions}});
+  const Call call{qkv, q_norm, k_norm, eps, rope, positions, shape};
+  call.check(op);
+  Tensor y = op.output("qk_norm_rope", qkv.shape(), qkv.dtype());
+  op.run({.bytes = 2.0 * qkv.nbytes()}, [&] {
+    by_float(qkv.dtype(), [&](auto type) {
+      using T = decltype(type);
+      T* to = y.data<T>();
+      call.for_tokens<T>(
+          [&](const Rope<T>& rope, int64_t t, Acc<T>* z) { rope.forward(t, to, z); });
+    });
+  });
+  op.backward([call, y = y.identity()](Op& op) { rope_backward(op, call, op.grad(y)); });
+  return y;
+}
+
+}  // namespace pith

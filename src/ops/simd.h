@@ -1,0 +1,44 @@
+#pragma once
+// What the CPU kernels share: accumulation types and a vectorizable exponential.
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "core/tensor.h"
+
+namespace pith::cpu {
+
+// Arithmetic of element-wise kernels and sums: fp64 for fp64, fp32 for fp32 and bf16.
+template <class T> using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// exp(x) in fp32 to 1.1 ulp (tests/experts_test.cpp): x = n ln 2 + r, then 1 + r + r^2 q(r) on
+// [-ln2/2, ln2/2] with q the minimax polynomial of degree 4 for the relative error (3e-9). No
+// branches, so loops vectorize. Saturates to 0 below -87.33 (the smallest normal number) and to
+// infinity above 88.72; NaN stays NaN.
+inline float fast_exp(float x) {
+  const float low = -87.33f, high = 88.72f;
+  const float above = x > low ? x : low;  // a number even for NaN, so that int32_t(n) is defined
+  const float clamped = above < high ? above : high;
+  const float n = std::floor(clamped * 1.44269504f + 0.5f);
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float q = 1.38145406e-3f;
+  q = q * r + 8.36874545e-3f;
+  q = q * r + 4.1668389e-2f;
+  q = q * r + 1.66665211e-1f;
+  q = q * r + 4.9999994e-1f;
+  const float p = (q * r) * r + r + 1.0f;
+  const int32_t k = int32_t(n), half = k / 2;  // two factors: 2^128 is no float
+  const float y =
+      p * std::bit_cast<float>((half + 127) << 23) * std::bit_cast<float>((k - half + 127) << 23);
+  return x < low ? 0.0f : (x > high ? HUGE_VALF : (x == x ? y : x));
+}
+inline double fast_exp(double x) { return std::exp(x); }
+
+// Rounds to the storage type.
+template <class T> T narrow(Acc<T> x) { return T(x); }
+
+template <class A> A sigmoid_of(A x) { return A(1) / (A(1) + fast_exp(-x)); }
+
+}  // namespace pith::cpu

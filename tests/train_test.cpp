@@ -1,0 +1,306 @@
+// Whole runs of the real program.
+
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+#include <numeric>
+#include <random>
+#include <thread>
+
+#include "core/file.h"
+#include "core/safetensors.h"
+#include "core/value.h"
+#include "engine/checkpoint.h"
+#include "engine/npz.h"
+#include "testing.h"
+
+namespace pith {
+namespace {
+
+std::string last_line(const std::string& text) {
+  const size_t end = text.find_last_not_of('\n');
+  if (end == std::string::npos) return "";
+  const size_t begin = text.rfind('\n', end);
+  return text.substr(begin + 1, end - begin);
+}
+
+void expect_close(const std::vector<double>& a, const std::vector<double>& b, double tolerance) {
+  ASSERT_EQ(a.size(), b.size());
+  for (size_t i = 0; i < a.size(); ++i)
+    EXPECT_NEAR(a[i], b[i], tolerance * std::max(1e-12, std::abs(b[i]))) << "step " << i + 1;
+}
+
+void expect_same_checkpoint(const TinyRun& run, const std::string& a, const std::string& b, double tolerance = 0) {
+  const Outcome o = run_pith(fmt::format("verify --checkpoint {}/latest --against {}/latest --tolerance {}", run.path(a),
+                                         run.path(b), tolerance));
+  EXPECT_EQ(last_line(o.out), "PASS") << o.out << o.err;
+  EXPECT_EQ(o.code, 0);
+}
+
+TEST(Golden, Qwen3MoeMatchesTransformers) {
+  const std::string dir = golden_dir() + "/qwen3_moe";
+  for (const char* dtype : {"fp32", "fp64", "bf16"}) {
+    const Outcome o = run_pith(fmt::format("verify --model {0} --golden {0}/golden.safetensors --dtype {1}", dir, dtype));
+    EXPECT_EQ(last_line(o.out), "PASS") << dtype << "\n" << o.out << o.err;
+    EXPECT_EQ(o.code, 0);
+  }
+}
+
+TEST(Golden, AWrongModelFails) {
+  const std::string dir = golden_dir() + "/qwen3_moe";
+  const TempDir other;
+  std::filesystem::copy(dir + "/model.safetensors", other / "model.safetensors");
+  std::string config = read_file(dir + "/config.json");
+  const size_t at = config.find("1e-06");
+  ASSERT_NE(at, std::string::npos);
+  write_file_atomic(other / "config.json", config.replace(at, 5, "1e-02"));
+  const Outcome o = run_pith(fmt::format("verify --model {} --golden {}/golden.safetensors", other.path, dir));
+  EXPECT_EQ(last_line(o.out), "FAIL") << o.out << o.err;
+  EXPECT_EQ(o.code, 1);
+}
+
+TEST(Train, LearnsAndEvaluates) {
+  const TinyRun run;
+  const Outcome o = run.train("x", "eval.every=10 train.steps=60");
+  ASSERT_EQ(o.code, 0) << o.err;
+  const std::vector<double> loss = run.series("x", "loss");
+  ASSERT_EQ(loss.size(), 60u);
+  EXPECT_NEAR(loss[0], std::log(61.0), 0.3);
+  EXPECT_LT(loss.back(), loss[0] - 1.0);
+  const auto metrics = run.metrics("x");
+  EXPECT_EQ(metrics[9].count("validation_loss"), 1u);
+  EXPECT_EQ(metrics[8].count("validation_loss"), 0u);
+  EXPECT_NE(o.out.find("step 0/60  validation_loss "), std::string::npos) << o.out;
+  EXPECT_NE(o.out.find("step 60/60  loss "), std::string::npos) << o.out;
+  EXPECT_EQ(o.out.find('\r'), std::string::npos);
+  const Outcome e = run_pith("eval --model " + run.path("x") + "/latest --sequence-length 24 --data " + run.dir / "v");
+  EXPECT_EQ(e.code, 0) << e.err;
+  EXPECT_EQ(e.out.rfind("loss ", 0), 0u) << e.out;
+}
+
+TEST(Train, ResumingRepeatsTheUninterruptedRun) {
+  const TinyRun run;
+  for (const char* dtype : {"fp32", "bf16", "fp64"}) {
+    const std::string common = fmt::format("dtype={} balance.loss=global_batch balance.coefficient=0.01 "
+                                           "balance.bias_update_rate=0.01 balance.bias_export=drop", dtype);
+    const std::string whole = std::string("whole-") + dtype, parts = std::string("parts-") + dtype;
+    ASSERT_EQ(run.train(whole, common).code, 0);
+    const Outcome first = run.train(parts, common + " train.stop_after=10");
+    ASSERT_EQ(first.code, 0) << first.err;
+    EXPECT_EQ(run.metrics(parts).size(), 10u);
+    const Outcome second = run.train(parts, common);
+    ASSERT_EQ(second.code, 0) << second.err;
+    EXPECT_NE(second.err.find("continuing from"), std::string::npos);
+    EXPECT_EQ(run.metrics(whole), run.metrics(parts));
+    expect_same_checkpoint(run, whole, parts);
+  }
+}
+
+TEST(Train, ASecondRunOfTheSameSeedIsBitIdenticalAndAnotherSeedIsNot) {
+  const TinyRun run;
+  for (const char* out : {"a", "b"}) ASSERT_EQ(run.train(out, "train.steps=8").code, 0);
+  ASSERT_EQ(run.train("c", "train.steps=8 train.seed=2").code, 0);
+  EXPECT_EQ(run.metrics("a"), run.metrics("b"));
+  EXPECT_NE(run.metrics("a"), run.metrics("c"));
+  const Outcome o = run_pith(fmt::format("verify --checkpoint {}/latest --against {}/latest", run.path("a"),
+                                         run.path("c")));
+  EXPECT_EQ(last_line(o.out), "FAIL");
+  EXPECT_EQ(o.code, 1);
+}
+
+// The result does not depend on how the global batch is cut. micro_batch balancing is defined per micro-batch and is
+// left out.
+TEST(Train, MicroBatchSplitsAgreeInFp64) {
+  const TinyRun run;
+  const char* variants[] = {"", "balance.loss=sequence balance.coefficient=0.05",
+                            "balance.loss=global_batch balance.coefficient=0.05 balance.z_loss=0.01",
+                            "balance.bias_update_rate=0.01 balance.bias_export=drop",
+                            "data.document_mask=true optimizer.name=muon train.wgrad_micro_batches=4"};
+  int n = 0;
+  for (const char* variant : variants) {
+    const std::string one = fmt::format("one{}", n), four = fmt::format("four{}", n++);
+    const std::string common = std::string("dtype=fp64 ") + variant;
+    const Outcome a = run.train(one, common + " train.micro_batch_size=8");
+    const Outcome b = run.train(four, common + " train.micro_batch_size=2");
+    ASSERT_EQ(a.code, 0) << a.err;
+    ASSERT_EQ(b.code, 0) << b.err;
+    for (const char* key : {"loss", "grad_norm"}) expect_close(run.series(four, key), run.series(one, key), 1e-9);
+    expect_same_checkpoint(run, four, one, 1e-9);
+  }
+}
+
+TEST(Train, DeferredWeightGradientsChangeNothing) {
+  const TinyRun run;
+  ASSERT_EQ(run.train("now", "train.steps=6").code, 0);
+  ASSERT_EQ(run.train("later", "train.steps=6 train.wgrad_micro_batches=3").code, 0);
+  EXPECT_EQ(run.metrics("now"), run.metrics("later"));
+  expect_same_checkpoint(run, "now", "later");
+}
+
+TEST(Train, AReplayedTraceRepeatsTheRun) {
+  const TinyRun run;
+  ASSERT_EQ(run.train("traced", "train.steps=4 trace.routing=" + run.dir / "trace").code, 0);
+  const std::vector<NpyArray> arrays = read_npz(run.dir / "trace" + "/step-00000001.npz");
+  ASSERT_EQ(arrays.size(), 2u);
+  EXPECT_EQ(arrays[0].name, "expert_ids");
+  EXPECT_EQ(arrays[0].shape, (std::vector<int64_t>{2, 8, 24, 2}));
+  const Outcome o = run.train("replayed", "train.steps=4 trace.replay=" + run.dir / "trace");
+  ASSERT_EQ(o.code, 0) << o.err;
+  EXPECT_EQ(run.metrics("traced"), run.metrics("replayed"));
+  const Outcome other = run.train("other", "train.steps=4 train.micro_batch_size=1 trace.replay=" + run.dir / "trace");
+  ASSERT_EQ(other.code, 0) << other.err;
+  expect_close(run.series("other", "loss"), run.series("traced", "loss"), 1e-5);
+}
+
+TEST(Train, ForcedBalanceIsBalanced) {
+  const TinyRun run;
+  ASSERT_EQ(run.train("x", "train.steps=2 train.force_balance=true").code, 0);
+  for (double load : run.series("x", "load_max")) EXPECT_NEAR(load, 1.0, 1e-9);
+}
+
+TEST(Train, BalancingLowersTheLoad) {
+  const TinyRun run;
+  const std::string steps = "train.steps=80 ";
+  ASSERT_EQ(run.train("none", steps).code, 0);
+  ASSERT_EQ(run.train("loss", steps + "balance.loss=micro_batch balance.coefficient=0.3").code, 0);
+  ASSERT_EQ(run.train("bias", steps + "balance.bias_update_rate=0.003 balance.bias_export=drop").code, 0);
+  const auto tail = [&](const char* out) {
+    const std::vector<double> load = run.series(out, "load_max");
+    return std::accumulate(load.end() - 20, load.end(), 0.0) / 20;
+  };
+  EXPECT_LT(tail("loss"), 0.9 * tail("none"));
+  EXPECT_LT(tail("bias"), 0.9 * tail("none"));
+  EXPECT_GE(run.series("loss", "balance_loss").back(), 1.0 - 1e-6);
+}
+
+TEST(Train, ThePlanIsThePeak) {
+  const TinyRun run;
+  for (const char* variant : {"", "train.micro_batch_size=8 data.document_mask=true dtype=bf16",
+                              "optimizer.name=muon train.wgrad_micro_batches=4 balance.loss=sequence"}) {
+    const std::string common = std::string("model=") + PITH_SOURCE_DIR + "/examples/tiny/config.json " +
+                               "train.steps=2 data.sequence_length=128 " + variant;
+    const std::string out = fmt::format("x{}", std::string(variant).size());
+    const Outcome o = run.train(out, common);
+    ASSERT_EQ(o.code, 0) << o.err;
+    const std::string text = read_file(run.path(out) + "/metrics.jsonl");
+    const Value line = parse_json(text.substr(text.find('\n') + 1), "metrics.jsonl");
+    const Outcome p = run_pith("plan " + run.dir / "run.toml" + " out=" + run.path(out) + " " + common);
+    ASSERT_EQ(p.code, 0) << p.err;
+    const double planned = std::stod(last_line(p.out).substr(std::string("peak_gb ").size()));
+    EXPECT_NEAR(line.at("peak_gb").as_real() / planned, 1.0, 0.05) << variant << "\n" << p.out;
+  }
+}
+
+TEST(Train, ASignalSavesAndExits) {
+  const TinyRun run;
+  for (int signal : {SIGTERM, SIGUSR1}) {
+    const std::string out = fmt::format("signal-{}", signal);
+    const std::string command = std::string(PITH_BINARY) + " " + run.arguments(out, "train.steps=100000") + " >" +
+                                run.dir / "log" + " 2>&1";
+    const pid_t child = fork();
+    if (child == 0) {
+      execl("/bin/sh", "sh", "-c", ("exec " + command).c_str(), nullptr);
+      _exit(127);
+    }
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+    while (std::chrono::steady_clock::now() < deadline) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      if (std::filesystem::exists(run.path(out) + "/metrics.jsonl") && !run.metrics(out).empty()) break;
+    }
+    kill(child, signal);
+    int status = 0;
+    waitpid(child, &status, 0);
+    EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << read_file(run.dir / "log");
+    const std::string latest = Checkpoints::latest(run.path(out));
+    ASSERT_FALSE(latest.empty());
+    EXPECT_NE(latest.find(fmt::format("step-{:08d}", run.metrics(out).size())), std::string::npos) << latest;
+  }
+}
+
+TEST(Train, KillingAtRandomMomentsLosesNothing) {
+  const TinyRun run;
+  const std::string settings = "train.steps=60 checkpoint.every=2 checkpoint.keep_last=2";
+  ASSERT_EQ(run.train("whole", settings).code, 0);
+  std::mt19937 random(7);
+  int64_t reached = 0;
+  for (int kills = 0; kills < 20; ++kills) {
+    const std::string command =
+        "exec " + std::string(PITH_BINARY) + " " + run.arguments("killed", settings) + " >" + run.dir / "log" + " 2>&1";
+    const pid_t child = fork();
+    if (child == 0) {
+      execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
+      _exit(127);
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(250 + random() % 300));
+    kill(child, SIGKILL);
+    int status = 0;
+    waitpid(child, &status, 0);
+    EXPECT_TRUE(WIFSIGNALED(status) || WEXITSTATUS(status) == 0) << read_file(run.dir / "log");
+    const std::string latest = Checkpoints::latest(run.path("killed"));
+    const int64_t step = latest.empty() ? 0 : std::stoll(latest.substr(latest.rfind('-') + 1));
+    EXPECT_GE(step, reached) << "a checkpoint was lost";
+    reached = step;
+  }
+  const Outcome o = run.train("killed", settings);
+  ASSERT_EQ(o.code, 0) << o.err;
+  EXPECT_EQ(run.metrics("whole"), run.metrics("killed"));
+  expect_same_checkpoint(run, "whole", "killed");
+}
+
+TEST(Train, ANonFiniteGradientStopsTheRunAndNamesTheParameter) {
+  const TinyRun run;
+  ASSERT_EQ(run.train("good", "train.steps=1").code, 0);
+  // A Hugging Face directory whose second layer holds a NaN.
+  std::filesystem::copy(run.path("good") + "/step-00000001", run.dir / "bad");
+  const Safetensors file(run.dir / "bad");
+  const SafetensorsEntry entry = file.entry("model.layers.1.mlp.experts.3.down_proj.weight");
+  const std::string path = run.dir / "bad" + "/model.safetensors";
+  std::string bytes = read_file(path);
+  const uint64_t header = *reinterpret_cast<const uint64_t*>(bytes.data());
+  for (uint64_t i = entry.begin; i < entry.end; i += 2) bytes.replace(8 + header + i, 2, "\xff\x7f");
+  write_file_atomic(path, bytes);
+  const Outcome o = run.train("x", "train.steps=3 model=" + run.dir / "bad");
+  EXPECT_EQ(o.code, 1);
+  EXPECT_NE(o.err.find("step 1:"), std::string::npos) << o.err;
+  EXPECT_NE(o.err.find("not finite"), std::string::npos) << o.err;
+  EXPECT_NE(o.err.find("gradient of model."), std::string::npos) << o.err;
+  EXPECT_EQ(Checkpoints::latest(run.path("x")), "");
+  const Outcome named = run.train("y", "train.steps=3 debug.check_finite=true model=" + run.dir / "bad");
+  EXPECT_EQ(named.code, 1);
+  EXPECT_NE(named.err.find("qwen3_moe.cpp:"), std::string::npos) << named.err;
+}
+
+TEST(Train, StartsFromAHuggingFaceDirectory) {
+  const TinyRun run;
+  ASSERT_EQ(run.train("first", "train.steps=60").code, 0);
+  ASSERT_EQ(run.train("second", "train.steps=2 model=" + run.path("first") + "/latest").code, 0);
+  EXPECT_LT(run.series("second", "loss")[0], run.series("first", "loss")[0] - 0.8);
+}
+
+TEST(Train, BackgroundCheckpointsAreTheSame) {
+  const TinyRun run;
+  ASSERT_EQ(run.train("front", "train.steps=6 checkpoint.every=2").code, 0);
+  ASSERT_EQ(run.train("back", "train.steps=6 checkpoint.every=2 checkpoint.background=true").code, 0);
+  expect_same_checkpoint(run, "front", "back");
+}
+
+TEST(Train, RefusesToStartTwiceInOneDirectory) {
+  const TinyRun run;
+  ASSERT_EQ(run.train("x", "train.steps=2").code, 0);
+  const Outcome o = run.train("x", "train.steps=2 resume=false");
+  EXPECT_EQ(o.code, 2);
+  EXPECT_NE(o.err.find("not empty"), std::string::npos) << o.err;
+}
+
+TEST(Check, TheTinyModelPassesAndABigOneIsShrunk) {
+  const Outcome o = run_pith("check " + golden_dir() + "/qwen3_moe");
+  EXPECT_EQ(last_line(o.out), "PASS") << o.out << o.err;
+}
+
+}  // namespace
+}  // namespace pith
