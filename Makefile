@@ -22,7 +22,7 @@ test: build
 # The tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 asan: build-asan/build.ninja
 	@$(call quiet_ninja,build-asan)
-	@LSAN_OPTIONS=suppressions=tools/lsan.supp:print_suppressions=0 tools/run_tests.sh build-asan/pith_tests
+	@tools/run_tests.sh build-asan/pith_tests
 
 # Seconds that each file takes to compile, without ccache.
 build-times: build-times/build.ninja

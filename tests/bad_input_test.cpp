@@ -80,7 +80,7 @@ std::vector<Case> cases() {
       {"unknown word", nothing, train("optimizer.name=sgd"), {"optimizer.name", "sgd", "adamw"}},
       {"unknown schedule", nothing, train("optimizer.schedule=step"), {"schedule", "wsd"}},
       {"unknown dtype", nothing, train("dtype=fp16"), {"fp16", "bf16"}},
-      {"no GPU back end", nothing, train("device=cuda"), {"cuda", "cpu"}},
+      {"no GPU back end", nothing, train("device=cuda"), {"device=\"cpu\""}},
       {"a mesh", nothing, train("mesh.ep=2"), {"mesh.ep"}},
       {"missing corpus", nothing, train("data.train=/nowhere/c"), {"/nowhere/c"}},
       {"corpus too small", nothing, train("data.sequence_length=100000"), {"100001", "tokens"}},
@@ -111,7 +111,7 @@ std::vector<Case> cases() {
         const size_t at = b.find("[256,64]");
         ASSERT_NE(at, std::string::npos);
         b.replace(at, 8, "[64,256]");
-      }, {"lm_head.weight", "[64, 256]", "[256, 64]"}),
+      }, {"lm_head.weight", "[64,256]", "[256,64]"}),
       hostile("unread tensor", [](std::string& b) {
         const size_t at = b.find("k_norm");
         ASSERT_NE(at, std::string::npos);

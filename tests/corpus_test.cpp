@@ -73,7 +73,8 @@ TEST(Corpus, FileLayout) {
 TEST(Corpus, DocumentsOfSeveralSequences) {
   const TempDir dir;
   write(dir / "c", 300, {{1, 2}, {3}, {4, 5, 6}});
-  std::string index = read_file(dir / "c.idx");  // now sequences 0 and 1 are a document, and one is empty
+  std::string index =
+      read_file(dir / "c.idx");  // now sequences 0 and 1 are a document, and one is empty
   const int64_t documents[] = {0, 2, 2, 3};
   index.resize(34 + 12 * 3);
   const uint64_t count = 4;
@@ -126,7 +127,8 @@ TEST(Corpus, HostileFiles) {
   const std::string prefix = dir / "c";
   write(prefix, 300, {{1, 2}, {3}});
   const std::string index = read_file(prefix + ".idx"), bin = read_file(prefix + ".bin");
-  const auto refused = [&](const std::string& idx, const std::string& data, const std::string& why) {
+  const auto refused = [&](const std::string& idx, const std::string& data,
+                           const std::string& why) {
     std::ofstream(prefix + ".idx", std::ios::binary) << idx;
     std::ofstream(prefix + ".bin", std::ios::binary) << data;
     try {

@@ -14,7 +14,6 @@
 #include "core/error.h"
 #include "core/file.h"
 #include "core/value.h"
-#include "engine/lock.h"
 #include "testing.h"
 
 namespace pith {

@@ -160,6 +160,14 @@ Flat singular_values(Flat x, int64_t r, int64_t c) {
   return s;
 }
 
+// x [b, r, c] orthogonalized in place: one update from zero, without momentum, of step -1.
+void newton_schulz(Tape& tape, Tensor x) {
+  Tensor buf = Tensor::zeros(x.shape(), x.dtype(), Device::cpu, "buf"), w = buf.clone("w");
+  const double lr = -1 / (0.2 * std::sqrt(double(std::max(x.dim(1), x.dim(2)))));
+  muon_update(tape, {lr, 0, 0, 1}, x, buf, w, w);
+  x.copy_from(w);
+}
+
 TEST(Muon, NewtonSchulzOrthogonalizes) {
   Context context;
   Tape tape(context, false);

@@ -31,9 +31,10 @@ std::string spelled(std::string_view bytes) {  // as a vocabulary spells bytes
   return out;
 }
 
-// Every byte is a token with its own value as id; then the merges, in order. Members of `more` replace those of the
-// file.
-std::string write_tokenizer(const TempDir& dir, const std::vector<std::pair<std::string, std::string>>& merges,
+// Every byte is a token with its own value as id; then the merges, in order. Members of `more`
+// replace those of the file.
+std::string write_tokenizer(const TempDir& dir,
+                            const std::vector<std::pair<std::string, std::string>>& merges,
                             const std::map<std::string, std::string>& more = {},
                             const std::map<std::string, std::string>& model = {}) {
   Value json, bpe, vocab = Value::object(), list = Value::array();
@@ -49,7 +50,8 @@ std::string write_tokenizer(const TempDir& dir, const std::vector<std::pair<std:
   for (const auto& [key, text] : model) bpe[key] = parse_json(text, key);
   json["model"] = bpe;
   json["normalizer"] = Value();
-  json["pre_tokenizer"] = parse_json(R"({"type":"ByteLevel","add_prefix_space":false,"use_regex":false})", "");
+  json["pre_tokenizer"] =
+      parse_json(R"({"type":"ByteLevel","add_prefix_space":false,"use_regex":false})", "");
   json["decoder"] = parse_json(R"({"type":"ByteLevel"})", "");
   for (const auto& [key, text] : more) json[key] = parse_json(text, key);
   const std::string path = dir / "tokenizer.json";
@@ -68,16 +70,15 @@ std::string message_of(const std::function<void()>& f) {
 
 Strings pieces(const std::string& steps, const std::string& text) {
   const std::string last = R"({"type":"ByteLevel","add_prefix_space":false,"use_regex":false})";
-  const PreTokenizer p(
-      parse_json(R"({"type":"Sequence","pretokenizers":[)" + steps + "," + last + "]}", "pre"));
-  PreTokenizer::Scratch scratch(p);
+  PreTokenizer p(
+      parse_json(R"({"type":"Sequence","pretokenizers":[)" + steps + "," + last + "]}", ""));
   Strings out;
-  p.split(text, scratch, [&](std::string_view piece) { out.emplace_back(piece); });
+  p.split(text, [&](std::string_view piece) { out.emplace_back(piece); });
   return out;
 }
 
-Strings split(const std::string& pattern, const std::string& text, const std::string& behavior = "Isolated",
-              bool invert = false) {
+Strings split(const std::string& pattern, const std::string& text,
+              const std::string& behavior = "Isolated", bool invert = false) {
   Value step, regex;
   regex["Regex"] = pattern;
   step["type"] = "Split";
@@ -136,7 +137,8 @@ TEST(Tokenizer, MergesAsTheNaiveAlgorithm) {
     Strings tokens = {"a", "b", "c"};
     std::map<std::string, int32_t> ids = {{"a", 'a'}, {"b", 'b'}, {"c", 'c'}};
     while (merges.size() < 25) {
-      const std::string left = tokens[random() % tokens.size()], right = tokens[random() % tokens.size()];
+      const std::string left = tokens[random() % tokens.size()],
+                        right = tokens[random() % tokens.size()];
       if (std::count(merges.begin(), merges.end(), std::pair(left, right))) continue;
       merges.emplace_back(left, right);
       const auto [it, is_new] = ids.emplace(left + right, 256 + int32_t(ids.size()) - 3);
@@ -158,7 +160,8 @@ TEST(Tokenizer, MergesAsTheNaiveAlgorithm) {
 
 TEST(Tokenizer, LegacyMergesIgnoreMergesAndUnknownBytes) {
   const TempDir dir;
-  const Tokenizer legacy(write_tokenizer(dir, {{"a", "b"}}, {}, {{"merges", R"(["#version: 0.2","a b"])"}}));
+  const Tokenizer legacy(
+      write_tokenizer(dir, {{"a", "b"}}, {}, {{"merges", R"(["#version: 0.2","a b"])"}}));
   EXPECT_EQ(legacy.encode("ab"), Ids{256});
   // Without the merge "ab" + "c" the token abc can only be reached as a whole.
   const std::vector<std::pair<std::string, std::string>> merges = {{"a", "b"}, {"ab", "c"}};
@@ -168,7 +171,8 @@ TEST(Tokenizer, LegacyMergesIgnoreMergesAndUnknownBytes) {
   ignoring["ignore_merges"] = "true";
   EXPECT_EQ(Tokenizer(write_tokenizer(dir, merges, {}, ignoring)).encode("abc"), Ids{257});
 
-  std::map<std::string, std::string> small = {{"vocab", R"({"a":0,"b":1,"?":2,"ab":3})"}, {"merges", R"([["a","b"]])"}};
+  std::map<std::string, std::string> small = {{"vocab", R"({"a":0,"b":1,"?":2,"ab":3})"},
+                                              {"merges", R"([["a","b"]])"}};
   EXPECT_EQ(Tokenizer(write_tokenizer(dir, {}, {}, small)).encode("axxb"), Ids{3});  // x vanishes
   small["unk_token"] = "\"?\"";
   EXPECT_EQ(Tokenizer(write_tokenizer(dir, {}, {}, small)).encode("axxb"), (Ids{0, 2, 2, 1}));
@@ -178,9 +182,11 @@ TEST(Tokenizer, LegacyMergesIgnoreMergesAndUnknownBytes) {
 
 TEST(Tokenizer, AddedTokens) {
   const TempDir dir;
-  const auto ids = [&](const std::string& flags, const std::string& content, const std::string& text) {
-    return Tokenizer(write_tokenizer(dir, {}, {{"added_tokens", "[{\"id\":256,\"content\":\"" + content +
-                                                                    "\",\"special\":true," + flags + "}]"}}))
+  const auto ids = [&](const std::string& flags, const std::string& content,
+                       const std::string& text) {
+    return Tokenizer(write_tokenizer(dir, {},
+                                     {{"added_tokens", "[{\"id\":256,\"content\":\"" + content +
+                                                           "\",\"special\":true," + flags + "}]"}}))
         .encode(text);
   };
   const int32_t X = 256;
@@ -195,12 +201,15 @@ TEST(Tokenizer, AddedTokens) {
   EXPECT_EQ(ids("\"lstrip\":true,\"rstrip\":true", "  ", "a    b"), (Ids{'a', X, 'b'}));
 
   const std::map<std::string, std::string> two = {
-      {"added_tokens", R"([{"id":256,"content":"<a>","special":true},{"id":257,"content":"<a><b>","special":false},
+      {"added_tokens",
+       R"([{"id":256,"content":"<a>","special":true},{"id":257,"content":"<a><b>","special":false},
                            {"id":258,"content":"e\u0301","normalized":true}])"},
       {"normalizer", R"({"type":"Sequence","normalizers":[{"type":"NFC"}]})"}};
   const Tokenizer t(write_tokenizer(dir, {}, two));
   EXPECT_EQ(t.encode("<a><b><a>"), (Ids{257, 256}));  // the longest at the leftmost place
-  EXPECT_EQ(t.encode("\xc3\xa9" "e\xcc\x81"), (Ids{258, 258}));  // both are U+00E9 once normalized
+  EXPECT_EQ(t.encode("\xc3\xa9"
+                     "e\xcc\x81"),
+            (Ids{258, 258}));  // both are U+00E9 once normalized
   EXPECT_EQ(t.decode(Ids{257, 256, 'z'}, true), "<a><b>z");
   EXPECT_EQ(t.vocab_size(), 259);
 }
@@ -228,11 +237,13 @@ TEST(Tokenizer, MalformedUtf8) {
   const Tokenizer t(write_tokenizer(dir, {}));
   const auto through = [&](const std::string& text) { return t.decode(t.encode(text)); };
   const std::string r = "\xef\xbf\xbd";
-  EXPECT_EQ(through("a\xff" "b"), "a" + r + "b");
-  EXPECT_EQ(through("\xf0\x9f\x98"), r);                 // a truncated emoji is one subpart
+  EXPECT_EQ(through("a\xff"
+                    "b"),
+            "a" + r + "b");
+  EXPECT_EQ(through("\xf0\x9f\x98"), r);  // a truncated emoji is one subpart
   EXPECT_EQ(through("\xf0\x9f\x98x\xe4\xb8"), r + "x" + r);
-  EXPECT_EQ(through("\xc0\x80"), r + r);                 // overlong
-  EXPECT_EQ(through("\xed\xa0\x80"), r + r + r);         // a surrogate
+  EXPECT_EQ(through("\xc0\x80"), r + r);                  // overlong
+  EXPECT_EQ(through("\xed\xa0\x80"), r + r + r);          // a surrogate
   EXPECT_EQ(through("\xf4\x90\x80\x80"), r + r + r + r);  // beyond U+10FFFF
   EXPECT_EQ(through("\xf0\x8f\xbf\xbf"), r + r + r + r);
   EXPECT_EQ(t.decode(Ids{'h', 0xe4, 0xb8}), "h" + r);
@@ -241,56 +252,79 @@ TEST(Tokenizer, MalformedUtf8) {
 
 TEST(Tokenizer, Nfc) {
   std::string storage;
-  const auto nfc = [&](const std::string& text) { return std::string(normalize_nfc(text, storage)); };
+  const auto nfc = [&](const std::string& text) {
+    return std::string(normalize_nfc(text, storage));
+  };
   EXPECT_EQ(nfc("caf\x65\xcc\x81 au lait"), "caf\xc3\xa9 au lait");
   EXPECT_EQ(nfc("\xc3\xa9"), "\xc3\xa9");
-  EXPECT_EQ(nfc("a\xcc\x81\xcc\xa3z"), "\xe1\xba\xa1\xcc\x81z");  // U+0323 is reordered before U+0301
+  EXPECT_EQ(nfc("a\xcc\x81\xcc\xa3z"),
+            "\xe1\xba\xa1\xcc\x81z");  // U+0323 is reordered before U+0301
   EXPECT_EQ(nfc("\xe1\x84\x80\xe1\x85\xa1\xe1\x86\xa8"), "\xea\xb0\x81");  // conjoining jamo
-  EXPECT_EQ(nfc("\xea\xb0\x80\xe1\x86\xa7"), "\xea\xb0\x80\xe1\x86\xa7");  // U+11A7 composes with nothing
+  EXPECT_EQ(nfc("\xea\xb0\x80\xe1\x86\xa7"),
+            "\xea\xb0\x80\xe1\x86\xa7");       // U+11A7 composes with nothing
   EXPECT_EQ(nfc("\xe2\x84\xab"), "\xc3\x85");  // the angstrom sign
-  EXPECT_EQ(nfc("a\xe0\xa2\x98\xcc\x81"), "a\xe0\xa2\x98\xcc\x81");  // U+0898 is a starter to the library
+  EXPECT_EQ(nfc("a\xe0\xa2\x98\xcc\x81"),
+            "a\xe0\xa2\x98\xcc\x81");  // U+0898 is a starter to the library
 }
 
 TEST(PreTokenizer, Behaviors) {
-  const std::string s = "ab  12\xc3\xa9" "3\n\n x9", e = "\xc3\xa9", p = "\\s|\\d";
+  const std::string s = "ab  12\xc3\xa9"
+                        "3\n\n x9",
+                    e = "\xc3\xa9", p = "\\s|\\d";
   EXPECT_EQ(split(p, s), (Strings{"ab", " ", " ", "1", "2", e, "3", "\n", "\n", " ", "x", "9"}));
   EXPECT_EQ(split(p, s, "Removed"), (Strings{"ab", e, "x"}));
   EXPECT_EQ(split(p, s, "Removed", true), (Strings{" ", " ", "1", "2", "3", "\n", "\n", " ", "9"}));
-  EXPECT_EQ(split(p, s, "MergedWithPrevious"), (Strings{"ab ", " ", "1", "2", e + "3", "\n", "\n", " ", "x9"}));
+  EXPECT_EQ(split(p, s, "MergedWithPrevious"),
+            (Strings{"ab ", " ", "1", "2", e + "3", "\n", "\n", " ", "x9"}));
   EXPECT_EQ(split(p, s, "MergedWithPrevious", true),
             (Strings{"ab", " ", " ", "1", "2" + e, "3", "\n", "\n", " x", "9"}));
-  EXPECT_EQ(split(p, s, "MergedWithNext"), (Strings{"ab", " ", " ", "1", "2" + e, "3", "\n", "\n", " x", "9"}));
-  EXPECT_EQ(split(p, s, "MergedWithNext", true), (Strings{"ab ", " ", "1", "2", e + "3", "\n", "\n", " ", "x9"}));
+  EXPECT_EQ(split(p, s, "MergedWithNext"),
+            (Strings{"ab", " ", " ", "1", "2" + e, "3", "\n", "\n", " x", "9"}));
+  EXPECT_EQ(split(p, s, "MergedWithNext", true),
+            (Strings{"ab ", " ", "1", "2", e + "3", "\n", "\n", " ", "x9"}));
   EXPECT_EQ(split(p, s, "Contiguous"), (Strings{"ab", "  12", e, "3\n\n ", "x", "9"}));
   EXPECT_EQ(pieces(R"({"type":"Digits","individual_digits":true})", s),
             (Strings{"ab  ", "1", "2", e, "3", "\n\n x", "9"}));
   EXPECT_EQ(pieces(R"({"type":"Digits","individual_digits":false})", s),
             (Strings{"ab  ", "12", e, "3", "\n\n x", "9"}));
-  EXPECT_EQ(pieces(R"({"type":"Split","pattern":{"String":"b."},"behavior":"Isolated","invert":false})", "ab.bc"),
-            (Strings{"a", "b.", "bc"}));
+  EXPECT_EQ(
+      pieces(R"({"type":"Split","pattern":{"String":"b."},"behavior":"Isolated","invert":false})",
+             "ab.bc"),
+      (Strings{"a", "b.", "bc"}));
 }
 
-// Pieces as the library cuts them with Oniguruma; each pattern means something else, or nothing, to PCRE2.
+// Pieces as the library cuts them with Oniguruma; each pattern means something else, or nothing, to
+// PCRE2.
 TEST(PreTokenizer, OnigurumaSemantics) {
-  const std::string mvs = "\xe1\xa0\x8e", s = "\xc5\xbf", k = "K\xcc\x81", two = "\xc2\xb2";  // U+180E, U+017F, U+00B2
+  const std::string mvs = "\xe1\xa0\x8e", s = "\xc5\xbf", k = "K\xcc\x81",
+                    two = "\xc2\xb2";  // U+180E, U+017F, U+00B2
   const std::string t = "12345 dead" + mvs + " " + s + "s " + k + "\nx" + two + "g\n";
   const std::string rest = " dead" + mvs + " " + s + "s " + k + "\nx";
-  EXPECT_EQ(split("\\p{N}{1,3}+", t), (Strings{"12345", rest, two, "g\n"}));  // not possessive: repeated
+  EXPECT_EQ(split("\\p{N}{1,3}+", t),
+            (Strings{"12345", rest, two, "g\n"}));  // not possessive: repeated
   EXPECT_EQ(split("\\p{N}{1,3}", t), (Strings{"123", "45", rest, two, "g\n"}));
   EXPECT_EQ(split("\\s+$", t), (Strings{t.substr(0, t.size() - 1), "\n"}));
-  EXPECT_EQ(split("^.", t), (Strings{"1", "2345" + rest.substr(0, rest.size() - 1), "x", two + "g\n"}));
-  EXPECT_EQ(split("\\h+", t), (Strings{"12345", " ", "dead", mvs + " " + s + "s " + k + "\nx" + two + "g\n"}));
-  const Strings words = {"12345", " ", "dead", mvs + " ", s + "s", " ", k, "\n", "x" + two + "g", "\n"};
+  EXPECT_EQ(split("^.", t),
+            (Strings{"1", "2345" + rest.substr(0, rest.size() - 1), "x", two + "g\n"}));
+  const Strings words = {"12345", " ", "dead", mvs + " ",       s + "s",
+                         " ",     k,   "\n",   "x" + two + "g", "\n"};
   EXPECT_EQ(split("\\w+", t), words);
   EXPECT_EQ(split("\\b", t), words);
-  EXPECT_EQ(split("(?i:s)+", t), (Strings{"12345 dead" + mvs + " ", s + "s", " " + k + "\nx" + two + "g\n"}));
+  EXPECT_EQ(split("(?i:s)+", t),
+            (Strings{"12345 dead" + mvs + " ", s + "s", " " + k + "\nx" + two + "g\n"}));
   EXPECT_EQ(split("\\d*", "12a"), (Strings{"12", "a"}));
-  EXPECT_EQ(split("\\s+(?!\\S)|\\s+", "a   b" + mvs + " \xc2\x85"), (Strings{"a", "  ", " ", "b" + mvs, " \xc2\x85"}));
+  EXPECT_EQ(split("\\s+(?!\\S)|\\s+", "a   b" + mvs + " \xc2\x85"),
+            (Strings{"a", "  ", " ", "b" + mvs, " \xc2\x85"}));
   EXPECT_EQ(split("a{2}?", "aaa"), (Strings{"aa", "a"}));
-  EXPECT_EQ(split("\\p{S}+", "a\xf0\x9f\xab\xa8" "b"), (Strings{"a", "\xf0\x9f\xab\xa8", "b"}));  // U+1FAE8, Unicode 15
-  EXPECT_EQ(split("\\p{Han}", "\xe3\x80\x81\xe7\x9a\x84"), (Strings{"\xe3\x80\x81", "\xe7\x9a\x84"}));
-  for (const char* pattern : {"[a[bc]]", "[a-z&&[^b]]", "(?m:.)", "a(?i)b", "\\1", "\\X", "[\\W]", "a{", "[]a]",
-                              "(*FAIL)", "\\p{Alphabetic}", "\\pL", "\\x85", "(", "a)", "(?~a)", "[a"})
+  EXPECT_EQ(split("\\p{S}+",
+                  "a\xf0\x9f\xab\xa8"
+                  "b"),
+            (Strings{"a", "\xf0\x9f\xab\xa8", "b"}));  // U+1FAE8, Unicode 15
+  EXPECT_EQ(split("\\p{Han}", "\xe3\x80\x81\xe7\x9a\x84"),
+            (Strings{"\xe3\x80\x81", "\xe7\x9a\x84"}));
+  for (const char* pattern :
+       {"[a[bc]]", "[a-z&&[^b]]", "(?m:.)", "a(?i)b", "\\1", "\\X", "[\\W]", "a{", "[]a]",
+        "(*FAIL)", "\\h", "\\v", "\\p{Alphabetic}", "\\pL", "\\x85", "(", "a)", "(?~a)", "[a"})
     EXPECT_THROW(split(pattern, "a"), InputError) << pattern;
 }
 
@@ -313,8 +347,11 @@ TEST(Tokenizer, RefusesByName) {
   says(refusal({{"normalizer", R"({"type":"NFKC"})"}}), "NFKC");
   says(refusal({{"pre_tokenizer", R"({"type":"Metaspace"})"}}), "Metaspace");
   says(refusal({{"pre_tokenizer", "null"}}), "ByteLevel");
-  says(refusal({{"pre_tokenizer", R"({"type":"Sequence","pretokenizers":[{"type":"ByteLevel","add_prefix_space":true},
-                {"type":"Digits","individual_digits":true}]})"}}), "Digits after ByteLevel");
+  says(
+      refusal({{"pre_tokenizer",
+                R"({"type":"Sequence","pretokenizers":[{"type":"ByteLevel","add_prefix_space":true},
+                {"type":"Digits","individual_digits":true}]})"}}),
+      "Digits after ByteLevel");
   says(refusal({{"decoder", R"({"type":"WordPiece"})"}}), "WordPiece");
   EXPECT_EQ(refusal({}), "no InputError");
   says(message_of([&] { Tokenizer("/nonexistent"); }), "/nonexistent");
@@ -322,12 +359,15 @@ TEST(Tokenizer, RefusesByName) {
 
 // Quadratic work in any step would take hours.
 TEST(Tokenizer, LongPieces) {
-  const Tokenizer qwen(golden_dir() + "/tokenizer_qwen"), gptoss(golden_dir() + "/tokenizer_gptoss");
+  const Tokenizer qwen(golden_dir() + "/tokenizer_qwen"),
+      gptoss(golden_dir() + "/tokenizer_gptoss");
   std::mt19937 random(1);
   std::string letters(size_t(1) << 20, 'a');
   for (char& c : letters) c = char('a' + random() % 26);
-  const std::string spaces(size_t(1) << 20, ' '), capitals(size_t(1) << 20, 'A'), digits(size_t(1) << 18, '7');
-  for (const std::string& text : {letters, spaces + "x", capitals, digits, letters + spaces + "\n" + capitals})
+  const std::string spaces(size_t(1) << 20, ' '), capitals(size_t(1) << 20, 'A'),
+      digits(size_t(1) << 18, '7');
+  for (const std::string& text :
+       {letters, spaces + "x", capitals, digits, letters + spaces + "\n" + capitals})
     for (const Tokenizer* t : {&qwen, &gptoss}) ASSERT_EQ(t->decode(t->encode(text)), text);
   EXPECT_EQ(split("(?:a|b)+c?", std::string(200000, 'a')).size(), 1u);  // beyond a small JIT stack
 }

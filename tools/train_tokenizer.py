@@ -20,10 +20,10 @@ PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\
 
 def texts(roots):
     for root in roots:
-        for directory, subdirectories, names in sorted(os.walk(root)):
-            for name in sorted(names):
-                with open(os.path.join(directory, name), encoding="utf-8", errors="replace") as f:
-                    yield f.read()
+        paths = [os.path.join(directory, name) for directory, _, names in os.walk(root) for name in names]
+        for path in sorted(filter(os.path.isfile, paths)):
+            with open(path, encoding="utf-8", errors="replace") as f:
+                yield f.read()
 
 
 def main():

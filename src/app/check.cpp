@@ -1,10 +1,11 @@
 // pith check: a model against itself, after any edit of a model file. Small fp64 runs on random tokens.
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
 #include <numeric>
-#include <unistd.h>
 
 #include "app/commands.h"
 #include "core/rng.h"
@@ -19,31 +20,23 @@ constexpr int64_t kRows = 4, kSequence = 16, kLargest = 30'000'000;
 // their kind.
 Value shrunk(Value config) {
   const std::pair<const char*, int64_t> caps[] = {
-      {"num_hidden_layers", 2}, {"hidden_size", 64},           {"num_attention_heads", 4}, {"num_key_value_heads", 2},
-      {"head_dim", 16},         {"intermediate_size", 96},     {"vocab_size", 256},        {"num_experts", 8},
-      {"num_local_experts", 8}, {"moe_intermediate_size", 32}, {"num_experts_per_tok", 2}};
+      {"num_hidden_layers", 2},      {"hidden_size", 64},       {"num_attention_heads", 4},
+      {"num_key_value_heads", 2},    {"head_dim", 16},          {"intermediate_size", 96},
+      {"vocab_size", 256},           {"num_experts", 8},        {"num_local_experts", 8},
+      {"moe_intermediate_size", 32}, {"num_experts_per_tok", 2}};
   for (const auto& [key, cap] : caps)
-    if (const Value* v = config.find(key); v && !v->is_null()) config[key] = std::min(v->as_int(), cap);
+    if (const Value* v = config.find(key); v && !v->is_null())
+      config[key] = std::min(v->as_int(), cap);
   return config;
 }
 
 Batch random_batch(int64_t vocabulary) {
-  std::vector<int32_t> tokens, labels, positions;
-  for (int64_t i = 0; i < kRows * kSequence; ++i) {
-    const auto token = [&](uint64_t key) { return int32_t(uniform(key, uint64_t(i)) * double(vocabulary)); };
-    tokens.push_back(token(1));
-    labels.push_back(i % 7 == 3 ? -100 : token(2));
-    positions.push_back(int32_t(i % kSequence));
+  std::vector<int32_t> tokens, labels;
+  for (uint64_t i = 0; i < kRows * kSequence; ++i) {
+    tokens.push_back(int32_t(uniform(1, i) * double(vocabulary)));
+    labels.push_back(i % 7 == 3 ? -100 : int32_t(uniform(2, i) * double(vocabulary)));
   }
-  Batch b;
-  const Shape flat{kRows * kSequence};
-  b.tokens = Tensor::of<int32_t>(flat, tokens);
-  b.labels = Tensor::of<int32_t>(flat, labels);
-  b.positions = Tensor::of<int32_t>(flat, positions);
-  b.batch = kRows;
-  b.sequence = kSequence;
-  b.label_count = std::count_if(labels.begin(), labels.end(), [](int32_t l) { return l >= 0; });
-  return b;
+  return batch_of(tokens, labels, kRows);
 }
 
 struct Check {
@@ -64,7 +57,8 @@ struct Check {
     options.dtype = dtype;
     options.max_positions = kSequence;
     r.model = make_model(config, options);
-    r.model->params.initialize(1, 0.1);  // larger than usual, so that no gradient hides in the rounding
+    r.model->params.initialize(
+        1, 0.1);  // larger than usual, so that no gradient hides in the rounding
     r.batch = random_batch(r.model->size.vocabulary);
     return r;
   }
@@ -91,7 +85,8 @@ struct Check {
     for (const auto& p : r.model->params) {
       if (!p->trained()) continue;
       if (!p->grad_written) missing = p->name;
-      const std::vector<double> grad = p->grad.to_vector<double>(), kept = p->value.to_vector<double>();
+      const std::vector<double> grad = p->grad.to_vector<double>(),
+                                kept = p->value.to_vector<double>();
       double analytic = 0, norm = 0;
       std::vector<double> direction(grad.size());
       for (size_t i = 0; i < grad.size(); ++i) {
@@ -105,13 +100,16 @@ struct Check {
         p->value.copy_from(Tensor::of<double>(p->shape, moved));
         return r.pipeline->evaluate(r.batch).loss;
       };
-      const double h = 1e-6, numeric = (8 * (loss_at(h) - loss_at(-h)) - (loss_at(2 * h) - loss_at(-2 * h))) / (12 * h);
+      const double h = 1e-6,
+                   numeric = (8 * (loss_at(h) - loss_at(-h)) - (loss_at(2 * h) - loss_at(-2 * h))) /
+                             (12 * h);
       p->value.copy_from(Tensor::of<double>(p->shape, kept));
       const double error = std::abs(analytic - numeric) / std::max(std::sqrt(norm), 1e-2);
       if (!(error <= worst)) worst = error, where = p->name;
     }
     verdict("every parameter gets a gradient", missing.empty(), missing);
-    verdict("directional derivative of every parameter", worst <= 1e-4, fmt::format("worst {:.1e} {}", worst, where));
+    verdict("directional derivative of every parameter", worst <= 1e-4,
+            fmt::format("worst {:.1e} {}", worst, where));
   }
 
   void micro_batches() {
@@ -132,7 +130,8 @@ struct Check {
       norm += grads[0][i] * grads[0][i];
     }
     const double error = grads[0].size() == grads[1].size() ? std::sqrt(difference / norm) : 1;
-    verdict("1 against 4 micro-batches", error <= 1e-10, fmt::format("gradients differ by {:.1e}", error));
+    verdict("1 against 4 micro-batches", error <= 1e-10,
+            fmt::format("gradients differ by {:.1e}", error));
   }
 
   void training_and_round_trip() {
@@ -154,7 +153,8 @@ struct Check {
       optimizer.update(run.optimizer.lr, step, optimizer.grad_norm(sums.labels), sums.labels);
       r.model->after_step(sums.statistics);
     }
-    verdict("20 steps on one batch lower the loss", last < 0.8 * first, fmt::format("{:.3f} -> {:.3f}", first, last));
+    verdict("20 steps on one batch lower the loss", last < 0.8 * first,
+            fmt::format("{:.3f} -> {:.3f}", first, last));
 
     std::string difference = "";
     {
@@ -166,7 +166,8 @@ struct Check {
       Checkpoints reader(run, *other.model, other_optimizer);
       reader.load(Checkpoints::latest(run.out));
       for (const auto& p : r.model->params)
-        if (p->master.to_vector<double>() != other.model->params.find(p->name).master.to_vector<double>())
+        if (p->master.to_vector<double>() !=
+            other.model->params.find(p->name).master.to_vector<double>())
           difference = p->name;
     }
     std::filesystem::remove_all(run.out);
@@ -184,7 +185,8 @@ int run_check(const std::string& path) {
   const int64_t parameters = make_model(check.config, meta)->params.trained_elements();
   if (parameters > kLargest) {
     check.config = shrunk(check.config);
-    fmt::print("{:.1f} M parameters: checked at a smaller size of the same architecture\n", double(parameters) / 1e6);
+    fmt::print("{:.1f} M parameters: checked at a smaller size of the same architecture\n",
+               double(parameters) / 1e6);
   }
   check.derivatives();
   check.micro_batches();

@@ -20,8 +20,11 @@ struct LoadedModel {
 };
 // `training` allocates gradients and masters. `device` is cpu; anything else is refused.
 std::unique_ptr<LoadedModel> load_model(const std::string& directory, const std::string& dtype,
-                                        const std::string& device, int64_t max_positions, int64_t micro_batch_size,
-                                        bool training);
+                                        const std::string& device, int64_t max_positions,
+                                        int64_t micro_batch_size, bool training);
+
+// `rows` sequences, row after row; labels below 0 are ignored. Positions count from 0 in each.
+Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& labels, int64_t rows);
 
 // input_ids and labels (B, S) int64 of a golden file as one batch on the cpu.
 Batch golden_batch(const class Safetensors& golden, int64_t vocabulary);

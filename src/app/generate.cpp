@@ -17,10 +17,12 @@ int32_t sample(const std::vector<float>& logits, const GenerateOptions& o, int64
   if (o.temperature <= 0) return int32_t(best - logits.begin());
   std::vector<int32_t> order(logits.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
   std::vector<double> p(order.size());
   double total = 0;
-  for (size_t i = 0; i < order.size(); ++i) total += p[i] = std::exp((logits[order[i]] - *best) / o.temperature);
+  for (size_t i = 0; i < order.size(); ++i)
+    total += p[i] = std::exp((logits[order[i]] - *best) / o.temperature);
   // Nucleus (Holtzman et al. 2020): the smallest head whose probability reaches top_p.
   double kept = 0;
   size_t n = 0;
@@ -44,7 +46,8 @@ int run_generate(const GenerateOptions& o) {
   auto loaded = load_model(o.model, o.dtype, o.device, capacity, 1, false);
   const Model::Size& size = loaded->model->size;
   std::vector<KvCache> caches(static_cast<size_t>(size.layers));
-  for (KvCache& c : caches) c.kv = Tensor({capacity, size.kv_width}, loaded->context.dtype, Device::cpu, "kv_cache");
+  for (KvCache& c : caches)
+    c.kv = Tensor({capacity, size.kv_width}, loaded->context.dtype, Device::cpu, "kv_cache");
 
   int64_t seen = 0;
   while (int64_t(ids.size()) < capacity) {

@@ -1,5 +1,3 @@
-#include <numeric>
-
 #include "app/commands.h"
 #include "core/safetensors.h"
 #include "engine/checkpoint.h"
@@ -7,8 +5,8 @@
 namespace pith {
 
 std::unique_ptr<LoadedModel> load_model(const std::string& directory, const std::string& dtype,
-                                        const std::string& device, int64_t max_positions, int64_t micro_batch_size,
-                                        bool training) {
+                                        const std::string& device, int64_t max_positions,
+                                        int64_t micro_batch_size, bool training) {
   if (device != "cpu")
     fail_input("--device {}: this build has no CUDA back end, use --device cpu", device);
   auto loaded = std::make_unique<LoadedModel>();
@@ -28,30 +26,35 @@ std::unique_ptr<LoadedModel> load_model(const std::string& directory, const std:
   return loaded;
 }
 
+Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& labels,
+               int64_t rows) {
+  Batch b;
+  b.batch = rows;
+  b.sequence = int64_t(tokens.size()) / rows;
+  std::vector<int32_t> positions;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    positions.push_back(int32_t(int64_t(i) % b.sequence));
+    b.label_count += labels[i] >= 0;
+  }
+  const Shape flat{int64_t(tokens.size())};
+  b.tokens = Tensor::of<int32_t>(flat, tokens);
+  b.labels = Tensor::of<int32_t>(flat, labels);
+  b.positions = Tensor::of<int32_t>(flat, positions);
+  return b;
+}
+
 Batch golden_batch(const Safetensors& golden, int64_t vocabulary) {
   const SafetensorsEntry& entry = golden.entry("input_ids");
-  if (entry.shape.size() != 2 || entry.dtype != DType::i64 || golden.entry("labels").shape != entry.shape)
+  if (entry.shape.size() != 2 || entry.dtype != DType::i64 ||
+      golden.entry("labels").shape != entry.shape)
     fail_input("{}: input_ids and labels must be int64 of one shape (B, S)", golden.path());
-  Batch batch;
-  batch.batch = entry.shape[0];
-  batch.sequence = entry.shape[1];
   const std::vector<int64_t> ids = golden.load("input_ids").to_vector<int64_t>();
   const std::vector<int64_t> labels = golden.load("labels").to_vector<int64_t>();
-  const Shape flat{batch.batch * batch.sequence};
-  std::vector<int32_t> tokens, targets, positions;
-  for (size_t i = 0; i < ids.size(); ++i) {
+  for (size_t i = 0; i < ids.size(); ++i)
     if (ids[i] < 0 || ids[i] >= vocabulary || labels[i] >= vocabulary)
-      fail_input("{}: id {} with label {} at {} is outside the vocabulary of {}", golden.path(), ids[i], labels[i], i,
-                 vocabulary);
-    tokens.push_back(int32_t(ids[i]));
-    targets.push_back(int32_t(std::max<int64_t>(labels[i], -100)));
-    positions.push_back(int32_t(int64_t(i) % batch.sequence));
-    batch.label_count += labels[i] >= 0;
-  }
-  batch.tokens = Tensor::of<int32_t>(flat, tokens);
-  batch.labels = Tensor::of<int32_t>(flat, targets);
-  batch.positions = Tensor::of<int32_t>(flat, positions);
-  return batch;
+      fail_input("{}: id {} with label {} at {} is outside the vocabulary of {}", golden.path(),
+                 ids[i], labels[i], i, vocabulary);
+  return batch_of({ids.begin(), ids.end()}, {labels.begin(), labels.end()}, entry.shape[0]);
 }
 
 }  // namespace pith

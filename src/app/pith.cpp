@@ -1,7 +1,6 @@
 // The program: one subcommand per group of functions in commands.h. The only catch is in main.
 
 #include <CLI/CLI.hpp>
-
 #include <cstdio>
 #include <string>
 
@@ -79,22 +78,27 @@ int dispatch(int argc, char** argv) {
   e->add_option("--dtype", ev.dtype, "fp32 or bf16")->capture_default_str();
   e->add_option("--device", ev.device, "cpu or cuda")->capture_default_str();
   e->add_option("--sequence-length", ev.sequence_length, "default: the model's, at most 2048");
-  e->add_option("--batch-size", ev.batch_size, "sequences at once")->capture_default_str()->check(CLI::PositiveNumber);
-  e->add_option("--max-batches", ev.max_batches, "stop after so many, 0 = all")->capture_default_str();
+  e->add_option("--batch-size", ev.batch_size, "sequences at once")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  e->add_option("--max-batches", ev.max_batches, "stop after so many, 0 = all")
+      ->capture_default_str();
 
   GenerateOptions gen;
   CLI::App* g = app.add_subcommand("generate", "text from a model");
   g->add_option("--model", gen.model, "Hugging Face directory")->required();
   g->add_option("--prompt", gen.prompt, "text to continue")->required();
   g->add_option("--tokens", gen.tokens, "at most so many new tokens")->capture_default_str();
-  g->add_option("--temperature", gen.temperature, "0 = always the likeliest token")->capture_default_str();
+  g->add_option("--temperature", gen.temperature, "0 = always the likeliest token")
+      ->capture_default_str();
   g->add_option("--top-p", gen.top_p, "nucleus")->capture_default_str();
   g->add_option("--seed", gen.seed, "of the sampling")->capture_default_str();
   g->add_option("--dtype", gen.dtype, "fp32 or bf16")->capture_default_str();
   g->add_option("--device", gen.device, "cpu or cuda")->capture_default_str();
 
   VerifyOptions ver;
-  CLI::App* v = app.add_subcommand("verify", "against golden vectors, cases or another checkpoint: PASS or FAIL");
+  CLI::App* v = app.add_subcommand(
+      "verify", "against golden vectors, cases or another checkpoint: PASS or FAIL");
   v->add_option("--model", ver.model, "Hugging Face directory");
   v->add_option("--golden", ver.golden, "golden.safetensors");
   v->add_option("--tokenizer", ver.tokenizer, "tokenizer.json");
@@ -114,7 +118,8 @@ int dispatch(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help
-    fail_input("{} (pith --help lists the commands)", error.what());
+    const std::string command = argc > 1 ? argv[1] : "nothing";
+    fail_input("{}: {} (pith --help lists the commands)", command, error.what());
   }
   tok.eos = !no_eos;
   if (*t) return tokenize(tok);

@@ -49,7 +49,9 @@ double one_minus_cosine(const std::vector<double>& a, const std::vector<double>&
   return aa > 0 && bb > 0 ? 1 - ab / std::sqrt(aa * bb) : 1;
 }
 
-double relative(double a, double reference) { return std::abs(a - reference) / std::max(std::abs(reference), 1e-30); }
+double relative(double a, double reference) {
+  return std::abs(a - reference) / std::max(std::abs(reference), 1e-30);
+}
 
 struct GoldenRun {
   const Safetensors& golden;
@@ -60,25 +62,31 @@ struct GoldenRun {
   std::vector<Tensor> replay = {};
   std::vector<Row> rows = {};
 
-  std::vector<double> reference(const std::string& name) const { return golden.load(name).to_vector<double>(); }
+  std::vector<double> reference(const std::string& name) const {
+    return golden.load(name).to_vector<double>();
+  }
 
   void logits() {
     MicroBatch mb = make_micro_batch(batch, 1, 1, 1);
     mb.replay = replay;
-    const std::vector<double> got = loaded.pipeline->logits(mb).to_vector<double>(), want = reference("logits");
+    const std::vector<double> got = loaded.pipeline->logits(mb).to_vector<double>(),
+                              want = reference("logits");
     if (got.size() != want.size())
-      fail_input("{}: logits has {} elements, the model makes {}", golden.path(), want.size(), got.size());
+      fail_input("{}: logits has {} elements, the model makes {}", golden.path(), want.size(),
+                 got.size());
     double worst = 0;
     for (size_t i = 0; i < got.size(); ++i)
       if (!(std::abs(got[i] - want[i]) <= worst)) worst = std::abs(got[i] - want[i]);
     const auto [low, high] = std::minmax_element(want.begin(), want.end());
-    rows.push_back(low_precision ? Row{"logits (share of their range)", worst / (*high - *low), 5e-2 * scale}
-                                 : Row{"logits (absolute)", worst, 1e-4 * scale});
+    rows.push_back(low_precision
+                       ? Row{"logits (share of their range)", worst / (*high - *low), 5e-2 * scale}
+                       : Row{"logits (absolute)", worst, 1e-4 * scale});
   }
 
   void gradients(const StepSums& sums) {
     const double loss = reference("loss")[0];
-    rows.push_back({"loss", relative(sums.loss / sums.labels, loss), (low_precision ? 1e-2 : 1e-5) * scale});
+    rows.push_back(
+        {"loss", relative(sums.loss / sums.labels, loss), (low_precision ? 1e-2 : 1e-5) * scale});
     size_t compared = 0;
     for (const auto& p : loaded.model->params) {
       if (!p->trained()) continue;
@@ -86,13 +94,15 @@ struct GoldenRun {
       for (const Piece& piece : p->pieces) {
         const std::vector<double> want = reference("grad." + piece.name);
         if (int64_t(want.size()) != piece.shape.numel())
-          fail_input("{}: grad.{} has {} elements, the model has {}", golden.path(), piece.name, want.size(),
-                     piece.shape.str());
+          fail_input("{}: grad.{} has {} elements, the model has {}", golden.path(), piece.name,
+                     want.size(), piece.shape.str());
         std::vector<double> got(want.size(), 0.0);
         if (p->grad_written)
-          for (size_t i = 0; i < got.size(); ++i) got[i] = grad[size_t(piece.begin) + i] / sums.labels;
+          for (size_t i = 0; i < got.size(); ++i)
+            got[i] = grad[size_t(piece.begin) + i] / sums.labels;
         rows.push_back(low_precision
-                           ? Row{"grad." + piece.name + " (1 - cosine)", one_minus_cosine(got, want), 1e-2 * scale}
+                           ? Row{"grad." + piece.name + " (1 - cosine)",
+                                 one_minus_cosine(got, want), 1e-2 * scale}
                            : Row{"grad." + piece.name, relative_l2(got, want), 1e-4 * scale});
         ++compared;
       }
@@ -104,7 +114,8 @@ struct GoldenRun {
 
   // Ten AdamW steps on the one batch: weight decay on every parameter.
   void adamw() {
-    const std::vector<double> losses = reference("adamw.loss"), norms = reference("adamw.grad_norm");
+    const std::vector<double> losses = reference("adamw.loss"),
+                              norms = reference("adamw.grad_norm");
     RunConfig run;
     run.optimizer.lr = 1e-3;
     run.optimizer.betas = {0.9, 0.95};
@@ -115,9 +126,10 @@ struct GoldenRun {
     for (size_t step = 0; step < losses.size(); ++step) {
       const StepSums sums = loaded.pipeline->train_step(batch);
       const Optimizer::Norm norm = optimizer.grad_norm(sums.labels);
-      rows.push_back({fmt::format("adamw.loss[{}]", step), relative(sums.loss / sums.labels, losses[step]),
+      rows.push_back({fmt::format("adamw.loss[{}]", step),
+                      relative(sums.loss / sums.labels, losses[step]), 1e-4 * scale});
+      rows.push_back({fmt::format("adamw.grad_norm[{}]", step), relative(norm.value, norms[step]),
                       1e-4 * scale});
-      rows.push_back({fmt::format("adamw.grad_norm[{}]", step), relative(norm.value, norms[step]), 1e-4 * scale});
       optimizer.update(run.optimizer.lr, int64_t(step) + 1, norm, sums.labels);
     }
   }
@@ -149,7 +161,9 @@ int verify_model(const VerifyOptions& o) {
   return report(std::move(run.rows));
 }
 
-std::string excerpt(const std::string& text) { return text.size() > 40 ? text.substr(0, 40) + "..." : text; }
+std::string excerpt(const std::string& text) {
+  return text.size() > 40 ? text.substr(0, 40) + "..." : text;
+}
 
 int verify_tokenizer(const VerifyOptions& o) {
   const Tokenizer tokenizer(o.tokenizer);
@@ -161,10 +175,12 @@ int verify_tokenizer(const VerifyOptions& o) {
     for (const Value& id : c.at("ids").items()) want.push_back(int32_t(id.as_int()));
     const std::vector<int32_t> got = tokenizer.encode(text);
     const bool ids_differ = got != want;
-    const bool text_differs = c.find("decoded") && tokenizer.decode(want) != c.at("decoded").as_string();
+    const bool text_differs =
+        c.find("decoded") && tokenizer.decode(want) != c.at("decoded").as_string();
     if (!ids_differ && !text_differs) continue;
     ++wrong;
-    fmt::print("{} of {} differ\n", ids_differ ? "ids" : "decoded text", Value(excerpt(text)).json());
+    fmt::print("{} of {} differ\n", ids_differ ? "ids" : "decoded text",
+               Value(excerpt(text)).json());
   }
   fmt::print("{} cases, {} wrong\n{}\n", cases.items().size(), wrong, wrong ? "FAIL" : "PASS");
   return wrong ? 1 : 0;

@@ -5,7 +5,6 @@
 #include <fmt/core.h>
 
 #include <stdexcept>
-#include <string>
 
 namespace pith {
 
@@ -14,8 +13,8 @@ namespace pith {
 struct Loc {
   const char* file = "?";
   int line = 0;
-  static constexpr Loc current(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    return {file, line};
+  static constexpr Loc current(const char* f = __builtin_FILE(), int l = __builtin_LINE()) {
+    return {f, l};
   }
   std::string str() const;  // "qwen3_moe.cpp:142" (the file without its directories)
 };
@@ -28,12 +27,10 @@ struct InputError : Error {
 };
 
 // fail("what {} ...", value): throws Error / InputError with the formatted message.
-template <class... A>
-[[noreturn]] void fail(fmt::format_string<A...> f, A&&... a) {
+template <class... A> [[noreturn]] void fail(fmt::format_string<A...> f, A&&... a) {
   throw Error(fmt::format(f, std::forward<A>(a)...));
 }
-template <class... A>
-[[noreturn]] void fail_input(fmt::format_string<A...> f, A&&... a) {
+template <class... A> [[noreturn]] void fail_input(fmt::format_string<A...> f, A&&... a) {
   throw InputError(fmt::format(f, std::forward<A>(a)...));
 }
 
@@ -41,7 +38,8 @@ template <class... A>
 void warn_once(const std::string& text);
 
 // On SIGSEGV, SIGBUS, SIGFPE, SIGILL and SIGABRT: prints the op that was running (see Op) and a C++ stack trace to
-// stderr, then dies of the same signal. The trace of an Error is not printed: its message names the line.
+// stderr, then dies of the same signal (of SIGALRM, should
+// printing hang). The trace of an Error is not printed: its message names the line.
 void install_crash_handler();
 
 }  // namespace pith

@@ -1,12 +1,11 @@
 #include "core/file.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <cerrno>
-#include <cstdio>
 #include <cstring>
 #include <utility>
 
@@ -32,20 +31,18 @@ struct Descriptor {
 };
 
 // Devices and pipes cannot be synced and say EINVAL: there is nothing to make durable then.
-bool sync(int fd) { return ::fsync(fd) == 0 || errno == EINVAL || errno == ENOTSUP; }
+void sync(int fd, const std::string& path) {
+  if (::fsync(fd) != 0 && errno != EINVAL && errno != ENOTSUP) fail_errno(path);
+}
 
 }  // namespace
 
 std::string read_file(const std::string& path) {
   const Descriptor file{open_or_fail(path, O_RDONLY)};
-  struct stat info {};
-  if (::fstat(file.fd, &info) != 0) fail_errno(path);
-  // The size is only a first guess: pipes and /proc report 0. One byte more lets the read that
-  // finds the end fit.
-  std::string text(size_t(info.st_size) + 1, '\0');
+  std::string text;
   size_t size = 0;
-  for (;;) {
-    if (size == text.size()) text.resize(2 * size + 4096);
+  for (;;) {  // not by fstat: pipes and /proc report 0 bytes
+    if (size == text.size()) text.resize(2 * size + 65536);
     const ssize_t n = ::read(file.fd, text.data() + size, text.size() - size);
     if (n == 0) break;
     if (n < 0 && errno != EINTR) fail_errno(path);
@@ -56,19 +53,16 @@ std::string read_file(const std::string& path) {
 }
 
 void write_file_atomic(const std::string& path, std::string_view bytes) {
-  struct Remover {
-    std::string path;
-    bool armed = true;
-    ~Remover() {
-      if (armed) ::unlink(path.c_str());
-    }
-  };
-  OutputFile file(path + ".tmp");
-  Remover temporary{path + ".tmp"};
-  file.write(bytes.data(), bytes.size());
-  file.close();
-  if (::rename(temporary.path.c_str(), path.c_str()) != 0) fail_errno(path);
-  temporary.armed = false;
+  const std::string temporary = path + ".tmp";
+  OutputFile file(temporary);
+  try {
+    file.write(bytes.data(), bytes.size());
+    file.close();
+    if (::rename(temporary.c_str(), path.c_str()) != 0) fail_errno(path);
+  } catch (const InputError&) {
+    ::unlink(temporary.c_str());
+    throw;
+  }
   const size_t slash = path.rfind('/');
   fsync_directory(slash == path.npos ? "." : path.substr(0, slash + 1));
 }
@@ -78,27 +72,11 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
   struct stat info {};
   if (::fstat(file.fd, &info) != 0) fail_errno(path);
   if (!S_ISREG(info.st_mode)) fail_input("{}: not a regular file", path);
-  if (info.st_size == 0) return;
-  void* data = ::mmap(nullptr, size_t(info.st_size), PROT_READ, MAP_PRIVATE, file.fd, 0);
-  if (data == MAP_FAILED) fail_errno(path);
-  data_ = data;
   size_ = size_t(info.st_size);
-}
-
-MappedFile::MappedFile(MappedFile&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)),
-      size_(std::exchange(other.size_, 0)),
-      path_(std::move(other.path_)) {}
-
-MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
-  std::swap(data_, other.data_);
-  std::swap(size_, other.size_);
-  std::swap(path_, other.path_);
-  return *this;
-}
-
-MappedFile::~MappedFile() {
-  if (data_ != nullptr) ::munmap(data_, size_);
+  if (size_ == 0) return;
+  void* data = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.fd, 0);
+  if (data == MAP_FAILED) fail_errno(path);
+  data_ = {static_cast<const std::byte*>(data), [data, n = size_](auto) { ::munmap(data, n); }};
 }
 
 OutputFile::OutputFile(const std::string& path, bool append)
@@ -108,21 +86,14 @@ OutputFile::~OutputFile() {
   if (fd_ >= 0) ::close(fd_);
 }
 
-void OutputFile::write(const void* data, size_t bytes) {
-  std::string_view rest(static_cast<const char*>(data), bytes);
-  while (!rest.empty()) {
-    const ssize_t n = ::write(fd_, rest.data(), rest.size());
-    if (n < 0 && errno != EINTR) fail_errno(path_);
-    rest.remove_prefix(n < 0 ? 0 : size_t(n));
-  }
-}
-
 void OutputFile::write_at(const void* data, size_t bytes, uint64_t offset) {
   std::string_view rest(static_cast<const char*>(data), bytes);
   while (!rest.empty()) {
-    const ssize_t n = ::pwrite(fd_, rest.data(), rest.size(), off_t(offset + bytes - rest.size()));
+    const off_t at = off_t(offset + bytes - rest.size());
+    const ssize_t n = offset == kHere ? ::write(fd_, rest.data(), rest.size())
+                                      : ::pwrite(fd_, rest.data(), rest.size(), at);
     if (n < 0 && errno != EINTR) fail_errno(path_);
-    rest.remove_prefix(n < 0 ? 0 : size_t(n));
+    if (n > 0) rest.remove_prefix(size_t(n));
   }
 }
 
@@ -130,9 +101,7 @@ void OutputFile::resize(uint64_t bytes) {
   if (::ftruncate(fd_, off_t(bytes)) != 0) fail_errno(path_);
 }
 
-void OutputFile::flush_to_disk() {
-  if (!sync(fd_)) fail_errno(path_);
-}
+void OutputFile::flush_to_disk() { sync(fd_, path_); }
 
 void OutputFile::close() {
   if (fd_ < 0) return;
@@ -140,9 +109,21 @@ void OutputFile::close() {
   if (::close(std::exchange(fd_, -1)) != 0) fail_errno(path_);
 }
 
+RunLock::RunLock(const std::string& out) : OutputFile(out + "/.lock", true) {
+  if (::flock(fd_, LOCK_EX | LOCK_NB) != 0) {
+    if (errno != EWOULDBLOCK) fail_errno(path_);
+    const std::string holder = read_file(path_);
+    fail_input("{} is in use by process {}: wait for it, stop it, or choose another out", out,
+               holder.empty() ? "?" : holder);
+  }
+  resize(0);
+  const std::string pid = std::to_string(::getpid());
+  write(pid.data(), pid.size());
+}
+
 void fsync_directory(const std::string& path) {
   const Descriptor directory{open_or_fail(path, O_RDONLY | O_DIRECTORY)};
-  if (!sync(directory.fd)) fail_errno(path);
+  sync(directory.fd, path);
 }
 
 }  // namespace pith

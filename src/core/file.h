@@ -1,11 +1,9 @@
 #pragma once
 // Files: whole reads, memory maps, and writes that leave either the old file or the new one, never a half.
 
-#include <cstddef>
-#include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
-#include <string_view>
 
 namespace pith {
 
@@ -15,19 +13,21 @@ std::string read_file(const std::string& path);  // InputError "PATH: No such fi
 // and PATH.tmp removed.
 void write_file_atomic(const std::string& path, std::string_view bytes);
 
-// A read-only map of a whole file. Move-only. An empty file maps to an empty span.
+// Appends the bytes of each value, little-endian as the machine is.
+template <class... T> void append_raw(std::string& out, T... values) {
+  (out.append(reinterpret_cast<const char*>(&values), sizeof values), ...);
+}
+
+// A read-only map of a whole file, which its copies share. An empty file maps to an empty span.
 class MappedFile {
  public:
   MappedFile() = default;
   explicit MappedFile(const std::string& path);  // InputError when it cannot be opened
-  MappedFile(MappedFile&& other) noexcept;
-  MappedFile& operator=(MappedFile&& other) noexcept;
-  ~MappedFile();
-  std::span<const std::byte> bytes() const { return {static_cast<const std::byte*>(data_), size_}; }
+  std::span<const std::byte> bytes() const { return {data_.get(), size_}; }
   const std::string& path() const { return path_; }
 
  private:
-  void* data_ = nullptr;
+  std::shared_ptr<const std::byte> data_;
   size_t size_ = 0;
   std::string path_;
 };
@@ -39,15 +39,23 @@ class OutputFile {
   explicit OutputFile(const std::string& path, bool append = false);
   OutputFile(const OutputFile&) = delete;
   ~OutputFile();
-  void write(const void* data, size_t bytes);
+  void write(const void* data, size_t bytes) { write_at(data, bytes, kHere); }
   void write_at(const void* data, size_t bytes, uint64_t offset);
   void resize(uint64_t bytes);  // what is added reads as zeros
   void flush_to_disk();         // fsync
   void close();
 
- private:
+ protected:
+  static constexpr uint64_t kHere = UINT64_MAX;
   std::string path_;
   int fd_ = -1;
+};
+
+// Holds a run directory for this process, through flock on OUT/.lock, which the kernel releases when the process
+// ends however it ends. InputError naming the holder's process id when another process has it.
+class RunLock : OutputFile {
+ public:
+  explicit RunLock(const std::string& out);  // `out` must exist
 };
 
 void fsync_directory(const std::string& path);

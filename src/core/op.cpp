@@ -3,7 +3,6 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
-#include <cstdio>
 
 namespace pith {
 namespace {
@@ -30,7 +29,6 @@ int64_t first_non_finite(const Tensor& t) {
 
 Op::Op(Tape& tape, const char* name, Loc at, std::initializer_list<Arg> args)
     : tape_(tape), name_(name), at_(at), previous_(current.load()) {
-  args_.reserve(args.size());
   for (const Arg& a : args) {
     args_.push_back({a.name, a.tensor.shape(), a.tensor.dtype(), a.tensor.device()});
     if (!a.tensor) reject(fmt::format("{} is an empty tensor", a.name));
@@ -42,45 +40,44 @@ Op::Op(Tape& tape, const char* name, Loc at, std::initializer_list<Arg> args)
 }
 
 Op::Op(Tape& tape, const Tape::Entry& entry)
-    : tape_(tape), name_(entry.name), at_(entry.at), backward_(true), args_(entry.args),
+    : tape_(tape),
+      name_(entry.name),
+      at_(entry.at),
+      backward_(true),
+      args_(entry.args),
       previous_(current.load()) {
   current = this;
 }
 
 Op::~Op() { current = previous_; }
 
-void Op::reject(const std::string& message) const {
-  std::string s = fmt::format("{}: {}{}: {};", at_.str(), name_, backward_ ? " backward" : "", message);
+std::string Op::arguments() const {
+  std::string s;
   for (const Tape::Arg& a : args_)
-    s += fmt::format("{} {} {}{} {}", &a == args_.data() ? "" : ",", a.name, name_of(a.dtype),
-                     a.shape.str(), name_of(a.device));
-  throw OpError(s);
+    s += fmt::format("{} {} {}{} {}", s.empty() ? "" : ",", a.name, name_of(a.dtype), a.shape.str(),
+                     name_of(a.device));
+  return s;
 }
 
-const char* Op::text() const noexcept {
-  static char buffer[512];
-  size_t used = 0;
-  const auto append = [&](int n) { used = std::min(sizeof buffer - 1, used + size_t(std::max(n, 0))); };
-  append(std::snprintf(buffer, sizeof buffer, "%s%s at %s:%d:", name_, backward_ ? " backward" : "",
-                       at_.file, at_.line));
-  for (const Tape::Arg& a : args_) {
-    append(std::snprintf(buffer + used, sizeof buffer - used, " %s %s[", a.name, name_of(a.dtype)));
-    for (int i = 0; i < a.shape.rank(); ++i)
-      append(std::snprintf(buffer + used, sizeof buffer - used, i ? ", %ld" : "%ld", long(a.shape[i])));
-    append(std::snprintf(buffer + used, sizeof buffer - used, "]"));
-  }
-  return buffer;
+void Op::reject(const std::string& message) const {
+  throw OpError(fmt::format("{}: {}{}: {};{}", at_.str(), name_, backward_ ? " backward" : "",
+                            message, arguments()));
+}
+
+std::string Op::text() const {
+  return fmt::format("{}{} at {}:{}", name_, backward_ ? " backward" : "", at_.str(), arguments());
 }
 
 const char* current_op_text() noexcept {
-  const Op* op = current.load();
-  return op ? op->text() : "";
+  static std::string text;  // the handler runs once
+  if (const Op* op = current.load()) text = op->text();
+  return text.c_str();
 }
 
 Tensor Op::output(const char* name, Shape shape, DType dtype) {
   Tensor t(shape, dtype, tape_.context.device, name);
   if (tape_.record_) {
-    tape_.slots_[t.id()];
+    tape_.grads_[t.id()];
     outputs_.push_back(t.id());
   }
   written_.push_back(t);
@@ -127,7 +124,7 @@ Tensor Op::grad(const Tensor& y) {
 
 Op::Into Op::accumulate(const Tensor& x) {
   if (!tape_.wants(x)) return {};
-  Tensor& slot = tape_.slots_[x.id()].grad;
+  Tensor& slot = tape_.grads_[x.id()];
   const bool add = bool(slot);
   if (!add) slot = Tensor(x.shape(), x.dtype(), x.device(), "grad");
   if (tape_.context.check_finite) written_.push_back(slot);

@@ -1,5 +1,6 @@
 #pragma once
-// Op: the one helper through which every operator checks, allocates, runs on its device and records its backward.
+// Op: the one helper through which every operator checks, allocates, runs on its device and records
+// its backward.
 //
 //   Tensor scale(Tape& tape, const Tensor& x, float a, Loc at) {
 //     Op op(tape, "scale", at, {{"x", x}});
@@ -12,11 +13,6 @@
 //     });
 //     return y;
 //   }
-
-#include <functional>
-#include <initializer_list>
-#include <utility>
-#include <vector>
 
 #include "core/tape.h"
 
@@ -37,20 +33,20 @@ class Op {
   ~Op();
 
   // Throws "<file>:<line>: <op>: <message>; x bf16[4, 8] cpu, w bf16[8] cpu" when not ok.
-  template <class... A>
-  void require(bool ok, fmt::format_string<A...> f, A&&... a) const {
+  template <class... A> void require(bool ok, fmt::format_string<A...> f, A&&... a) const {
     if (!ok) reject(fmt::format(f, std::forward<A>(a)...));
   }
   [[noreturn]] void reject(const std::string& message) const;
 
-  // A result. If the tape records, it gets a gradient slot. `name` must be a literal (memory accounting keeps it).
+  // A result. If the tape records, it gets a gradient slot. `name` must be a literal (memory
+  // accounting keeps it).
   Tensor output(const char* name, Shape shape, DType dtype);
   // Scratch memory, freed with the last copy of the tensor; counted like every buffer.
   Tensor workspace(const char* name, Shape shape, DType dtype);
 
-  // Runs `cpu` on cpu tensors; on meta only the cost is counted. Anything it throws is reported at this op's line.
-  template <class F>
-  void run(Cost cost, F&& cpu) {
+  // Runs `cpu` on cpu tensors; on meta only the cost is counted. Anything it throws is reported at
+  // this op's line.
+  template <class F> void run(Cost cost, F&& cpu) {
     if (start(cost)) {
       try {
         cpu();
@@ -63,8 +59,9 @@ class Op {
     }
   }
 
-  // Appends the closure that computes input gradients; dropped unless the tape records. It is skipped when none of
-  // the outputs has a gradient. Capture tensors by value and Params by reference.
+  // Appends the closure that computes input gradients; dropped unless the tape records. It is
+  // skipped when none of the outputs has a gradient. Capture tensors by value and Params by
+  // reference.
   void backward(std::function<void(Op&)> f);
 
   // Inside a backward closure:
@@ -76,13 +73,14 @@ class Op {
   };
   Into accumulate(const Tensor& x);  // same shape and dtype as x
   Into accumulate(Param& p);         // the main gradient
-  void give(const Tensor& x, Tensor grad);  // a gradient that exists already: kept without a copy if it is the first
+  // A gradient that exists already: kept without a copy if it is the first.
+  void give(const Tensor& x, Tensor grad);
   void defer(Param& p, const Tensor& x, const Tensor& dy, const Tensor& offsets = {});
 
   Context& context() const { return tape_.context; }
   bool recording() const { return tape_.record_; }
   bool wants(const Tensor& x) const { return tape_.wants(x); }
-  const char* text() const noexcept;  // for the crash handler; a static buffer
+  std::string text() const;  // "rms_norm backward at qwen3_moe.cpp:142: x bf16[4, 8] cpu"
 
  private:
   friend class Tape;
@@ -90,6 +88,7 @@ class Op {
   bool start(Cost cost);
   void finish();
   void check_written() const;
+  std::string arguments() const;
 
   Tape& tape_;
   const char* name_;
@@ -103,7 +102,7 @@ class Op {
   const Op* previous_;
 };
 
-// What was running, for the crash handler: "rms_norm backward at qwen3_moe.cpp:142: x bf16[4, 8]", or "".
+// What was running, for the crash handler; "" if nothing was.
 const char* current_op_text() noexcept;
 
 }  // namespace pith

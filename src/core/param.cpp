@@ -1,8 +1,5 @@
 #include "core/param.h"
 
-#include <algorithm>
-#include <type_traits>
-
 #include "core/rng.h"
 
 namespace pith {
@@ -11,12 +8,10 @@ Param& ParamSet::add(Param p) {
   if (p.pieces.empty()) p.pieces = {{p.name, p.shape}};
   const auto place = [&](std::vector<Piece>& pieces) {
     int64_t at = 0;
-    for (Piece& piece : pieces) {
-      piece.begin = at;
-      at += piece.shape.numel();
-    }
+    for (Piece& piece : pieces) at = (piece.begin = at) + piece.shape.numel();
     if (at != p.numel())
-      fail("{}: pieces hold {} elements, the parameter {} has {}", p.name, at, p.shape.str(), p.numel());
+      fail("{}: pieces hold {} elements, the parameter {} has {}", p.name, at, p.shape.str(),
+           p.numel());
   };
   place(p.pieces);
   for (auto& form : p.also_read) place(form);
@@ -34,12 +29,9 @@ Param& ParamSet::find(const std::string& name) const {
 void ParamSet::allocate(DType compute, Device device, bool training) {
   const DType wide = master_dtype(compute);
   for (auto& p : params_) {
-    const DType own = p->trained() ? compute : wide;
-    p->value = Tensor(p->shape, own, device, "weight");
-    if (!training || own == wide)
-      p->master = p->value;
-    else
-      p->master = Tensor(p->shape, wide, device, "master");
+    p->value = Tensor(p->shape, p->trained() ? compute : wide, device, "weight");
+    const bool apart = training && p->value.dtype() != wide;
+    p->master = apart ? Tensor(p->shape, wide, device, "master") : p->value;
     if (training && p->trained()) p->grad = Tensor(p->shape, wide, device, "main_grad");
   }
 }
@@ -50,17 +42,16 @@ void ParamSet::initialize(uint64_t seed, double std) {
     Tensor flat = p->master.reshape({p->numel()});
     for (const Piece& piece : p->pieces) {
       Tensor part = flat.row_range(piece.begin, piece.begin + piece.shape.numel());
-      Tensor wide = part.dtype() == DType::bf16 ? part.to(DType::f32, "init") : part;
       if (p->init == Init::normal) {
-        fill_normal(wide, stream_key(seed, piece.name), 0, std);
+        fill_normal(part, stream_key(seed, piece.name), 0, std);
       } else {
-        const double fill = p->init == Init::ones ? 1 : p->init == Init::uniform ? 1.0 / double(p->numel()) : 0;
-        by_float(wide.dtype(), [&](auto z) {
-          using T = decltype(z);
-          if constexpr (!std::is_same_v<T, bf16>) std::fill_n(wide.data<T>(), wide.numel(), T(fill));
+        const double fill = p->init == Init::zeros  ? 0
+                            : p->init == Init::ones ? 1
+                                                    : 1.0 / double(p->numel());
+        by_float(part.dtype(), [&](auto z) {
+          std::fill_n(part.data<decltype(z)>(), part.numel(), decltype(z)(fill));
         });
       }
-      if (part.dtype() == DType::bf16) part.copy_from(wide);
     }
   }
   sync_values();

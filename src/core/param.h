@@ -1,17 +1,15 @@
 #pragma once
-// Parameters are declared once, in the model file. From the declaration come initialization, optimizer groups,
-// sharding and the names, order and layout of Hugging Face tensors: there is no converter.
-
-#include <memory>
-#include <string>
-#include <vector>
+// Parameters are declared once, in the model file. From the declaration come initialization,
+// optimizer groups, sharding and the names, order and layout of Hugging Face tensors: there is no
+// converter.
 
 #include "core/tensor.h"
 
 namespace pith {
 
-// One Hugging Face tensor and where it lies inside a parameter: the pieces of a parameter are concatenated in
-// memory in the order given (gate and up of every expert, or q, k and v), so a piece is a contiguous range.
+// One Hugging Face tensor and where it lies inside a parameter: the pieces of a parameter are
+// concatenated in memory in the order given (gate and up of every expert, or q, k and v), so a
+// piece is a contiguous range.
 struct Piece {
   std::string name;  // written in full in the model file's pattern, so that grep finds it
   Shape shape;
@@ -19,10 +17,10 @@ struct Piece {
 };
 
 enum class Init { normal, zeros, ones, uniform };  // uniform: 1 / elements
-enum class Placement { replicated, split_over_ep };  // split_over_ep: dimension 0 is the expert
 
-// What a parameter is to the optimizer: `matrix` is what Muon orthogonalizes, piece by piece; everything else is
-// AdamW's. `state` is not trained: it is updated in Model::after_step, kept in the master dtype and never decayed.
+// What a parameter is to the optimizer: `matrix` is what Muon orthogonalizes, piece by piece;
+// everything else is AdamW's. `state` is not trained: it is updated in Model::after_step, kept in
+// the master dtype and never decayed.
 enum class Role { matrix, vector, embedding, head, router, state };
 
 struct Param {
@@ -31,15 +29,16 @@ struct Param {
   Role role = Role::matrix;
   bool decay = true;  // weight decay; norms and biases say false
   Init init = Init::normal;
-  Placement placement = Placement::replicated;
-  std::vector<Piece> pieces;                  // the form it is written in, and first choice for reading
-  std::vector<std::vector<Piece>> also_read;  // other source forms, each covering the whole parameter
-  bool exported = true;                       // false: Hugging Face has no tensor for it; kept in trainer/ only
+  std::vector<Piece> pieces;  // the form it is written in, and first choice for reading
+  std::vector<std::vector<Piece>>
+      also_read;         // other source forms, each covering the whole parameter
+  bool exported = true;  // false: Hugging Face has no tensor for it; kept in trainer/ only
 
   Tensor value;   // compute dtype (state: master dtype)
   Tensor master;  // fp32 (fp64 in fp64 runs); the same storage as `value` when the dtypes agree
   Tensor grad;    // main gradient, master dtype; a sum over the labels of the step
-  bool grad_written = false;  // false: the next contribution of this step overwrites (beta 0), no zeroing pass
+  bool grad_written =
+      false;  // false: the next contribution of this step overwrites (beta 0), no zeroing pass
 
   bool trained() const { return role != Role::state; }
   int64_t numel() const { return shape.numel(); }
@@ -47,19 +46,19 @@ struct Param {
 
 class ParamSet {
  public:
-  // Checks that the pieces fill the shape exactly and that no name appears twice; the reference stays valid.
+  // Checks that the pieces fill the shape exactly and that no name appears twice; the reference
+  // stays valid.
   Param& add(Param p);
   auto begin() const { return params_.begin(); }
   auto end() const { return params_.end(); }
-  size_t size() const { return params_.size(); }
   Param& find(const std::string& name) const;
 
   // Memory for values, masters and gradients (gradients only if `training`), uninitialized.
   void allocate(DType compute, Device device, bool training);
   // Counter RNG keyed by (seed, Hugging Face name, element index): the same model on every layout.
   void initialize(uint64_t seed, double std);
-  void sync_values();     // value = master rounded to the compute dtype
-  void begin_step();      // the next gradient contribution overwrites
+  void sync_values();  // value = master rounded to the compute dtype
+  void begin_step();   // the next gradient contribution overwrites
   int64_t trained_elements() const;
 
  private:

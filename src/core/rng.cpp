@@ -1,6 +1,7 @@
 #include "core/rng.h"
 
 #include <cmath>
+#include <utility>
 
 namespace pith {
 
@@ -19,11 +20,11 @@ Philox philox(uint64_t key, uint64_t lo, uint64_t hi) {
   return {{c0, c1, c2, c3}};
 }
 
-uint64_t hash_name(std::string_view name) {
+uint64_t stream_key(uint64_t seed, std::string_view name) {
   uint64_t h = 0xcbf29ce484222325ull;
   for (unsigned char c : name) h = (h ^ c) * 0x100000001b3ull;
   h = (h ^ (h >> 33)) * 0xff51afd7ed558ccdull;
-  return h ^ (h >> 33);
+  return h ^ (h >> 33) ^ (seed * 0x9e3779b97f4a7c15ull);
 }
 
 double uniform(uint64_t key, uint64_t index) {
@@ -33,19 +34,15 @@ double uniform(uint64_t key, uint64_t index) {
 
 namespace {
 
-// Natural logarithm on (0, 1]: x = m 2^e with m in [sqrt(1/2), sqrt(2)), atanh series in s = (m - 1) / (m + 1). Only
-// operations that IEEE 754 rounds exactly (and explicit fma), so every device computes the same bits.
+// Natural logarithm on (0, 1]: x = m 2^e with m in [sqrt(1/2), sqrt(2)), atanh series in s = (m -
+// 1) / (m + 1). Only operations that IEEE 754 rounds exactly (and explicit fma), so every device
+// computes the same bits.
 float log_fixed(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  int e = int(u >> 23) - 127;
-  u = (u & 0x007fffffu) | 0x3f800000u;
-  float m;
-  std::memcpy(&m, &u, 4);
-  if (m > 1.41421354f) {
-    m *= 0.5f;
-    ++e;
-  }
+  const uint32_t u = std::bit_cast<uint32_t>(x);
+  float m = std::bit_cast<float>((u & 0x007fffffu) | 0x3f800000u);
+  const bool large = m > 1.41421354f;
+  const int e = int(u >> 23) - 127 + large;
+  if (large) m *= 0.5f;
   const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
   float p = std::fma(z, 1.0f / 9, 1.0f / 7);
   p = std::fma(z, p, 1.0f / 5);
@@ -86,15 +83,10 @@ float normal(uint64_t key, uint64_t index) {
 void fill_normal(Tensor dst, uint64_t key, uint64_t first, double std) {
   by_float(dst.dtype(), [&](auto z) {
     using T = decltype(z);
-    if constexpr (std::is_same_v<T, bf16>) {
-      fail("fill_normal writes fp32 or fp64, not {}", dst.str());
-    } else {
-      T* p = dst.data<T>();
-      const int64_t n = dst.numel();
-      const float scale = float(std);
+    T* p = dst.data<T>();
+    const int64_t n = dst.numel();
 #pragma omp parallel for if (n > 16384)
-      for (int64_t i = 0; i < n; ++i) p[i] = T(scale * normal(key, first + uint64_t(i)));
-    }
+    for (int64_t i = 0; i < n; ++i) p[i] = T(float(std) * normal(key, first + uint64_t(i)));
   });
 }
 
@@ -102,18 +94,13 @@ uint64_t permute(uint64_t index, uint64_t n, uint64_t key) {
   int half = 1;
   while (half < 32 && (uint64_t(1) << (2 * half)) < n) ++half;
   const uint64_t mask = (uint64_t(1) << half) - 1;
-  uint64_t x = index;
   do {
-    uint64_t left = x >> half, right = x & mask;
-    for (uint64_t round = 0; round < 6; ++round) {
-      const uint64_t f = philox(key, right, round).out[0] & mask;
-      const uint64_t next = left ^ f;
-      left = right;
-      right = next;
-    }
-    x = (left << half) | right;
-  } while (x >= n);
-  return x;
+    uint64_t left = index >> half, right = index & mask;
+    for (uint64_t round = 0; round < 6; ++round)
+      left = std::exchange(right, left ^ (philox(key, right, round).out[0] & mask));
+    index = (left << half) | right;
+  } while (index >= n);
+  return index;
 }
 
 }  // namespace pith

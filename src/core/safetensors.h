@@ -2,12 +2,7 @@
 // safetensors: u64 header length, JSON header, data. Reading maps the files; nothing is copied until asked.
 // Format: https://github.com/huggingface/safetensors (README, "Format").
 
-#include <cstdint>
 #include <map>
-#include <memory>
-#include <span>
-#include <string>
-#include <vector>
 
 #include "core/file.h"
 #include "core/tensor.h"
@@ -16,9 +11,9 @@ namespace pith {
 
 struct SafetensorsEntry {
   DType dtype;
-  std::vector<int64_t> shape;      // as in the file, any rank
-  uint64_t begin = 0, end = 0;     // bytes, relative to the data section of its file
-  int file = 0;                    // index into the shards
+  std::vector<int64_t> shape;   // as in the file, any rank
+  uint64_t begin = 0, end = 0;  // bytes, relative to the data section of its file
+  size_t file = 0;              // index into the shards
   int64_t numel() const;
 };
 
@@ -32,39 +27,42 @@ class Safetensors {
   const std::map<std::string, SafetensorsEntry>& entries() const { return entries_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   bool has(const std::string& name) const { return entries_.count(name) != 0; }
-  const SafetensorsEntry& entry(const std::string& name) const;  // InputError "FILE: no tensor NAME"
+  // InputError "FILE: no tensor NAME"
+  const SafetensorsEntry& entry(const std::string& name) const;
   std::span<const std::byte> bytes(const std::string& name) const;
   // Elements [begin, begin + dst.numel()) in row-major order, converted to dst's floating dtype. dst is on the cpu.
   void read(const std::string& name, int64_t begin, Tensor& dst) const;
-  Tensor load(const std::string& name) const;                   // whole tensor, dtype as stored, rank up to 4
+  Tensor load(const std::string& name) const;  // whole tensor, dtype as stored, rank up to 4
   const std::string& path() const { return path_; }
 
  private:
+  std::map<std::string, SafetensorsEntry> open(const std::string& file);
   std::string path_;
   std::vector<MappedFile> files_;
-  std::vector<uint64_t> data_begin_;
+  std::vector<std::span<const std::byte>> data_;  // of each file, after its header
   std::map<std::string, SafetensorsEntry> entries_;
   std::map<std::string, std::string> metadata_;
 };
 
-// Writing is planned first, so that any process can write its own slice at its own offset: plan() assigns tensors, in
-// the order added, to shards of at most `shard_bytes`; create() writes every header (and the index when there is more
-// than one shard or `always_index`) and sizes the files; write() puts elements at their place.
+// Writing is planned first, so that any process can write its own slice at its own offset: add() assigns tensors, in
+// order, to shards of at most `shard_bytes`; create() writes every header (and the index when there is more than one
+// shard) and sizes the files; write() puts elements at their place.
 class SafetensorsWriter {
  public:
-  SafetensorsWriter(std::string directory, std::string stem, uint64_t shard_bytes = uint64_t(4) << 30);
+  SafetensorsWriter(const std::string& directory, const std::string& stem,
+                    uint64_t shard_bytes = uint64_t(4) << 30);
   void add(const std::string& name, DType dtype, std::vector<int64_t> shape);
   void set_metadata(const std::string& key, const std::string& value);
-  void create();  // files: STEM.safetensors, or STEM-00001-of-0000N.safetensors with STEM.safetensors.index.json
+  // Files: STEM.safetensors, or STEM-00001-of-0000N.safetensors with STEM.safetensors.index.json.
+  void create();
   // Elements [begin, begin + src.numel()) of `name`; src (cpu) is converted to the file's dtype.
   void write(const std::string& name, int64_t begin, const Tensor& src);
-  void close();   // fsync all
+  void close();  // fsync all
 
  private:
   struct Shard;
   std::string directory_, stem_;
   uint64_t shard_bytes_;
-  std::vector<std::string> order_;
   std::map<std::string, SafetensorsEntry> entries_;
   std::map<std::string, std::string> metadata_;
   std::vector<std::shared_ptr<Shard>> shards_;

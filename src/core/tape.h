@@ -1,20 +1,21 @@
 #pragma once
-// Autograd, explicit and linear. Every op appends one closure next to its forward code; backward() runs them last to
-// first and drops each as it goes, so that saved tensors are freed at the earliest moment. A stage of a layer is one
-// tape; its inputs are leaves: gradients go in at outputs and come out at leaves.
+// Autograd, explicit and linear. Every op appends one closure next to its forward code; backward()
+// runs them last to first and drops each as it goes, so that saved tensors are freed at the
+// earliest moment. A stage of a layer is one tape; its inputs are leaves: gradients go in at
+// outputs and come out at leaves.
 
 #include <functional>
 #include <unordered_map>
-#include <vector>
+#include <utility>
 
 #include "core/param.h"
-#include "core/tensor.h"
 
 namespace pith {
 
 class Op;
 
-// Counted by every op. flops: of matrix multiplications and attention; bytes: of tensors read and written.
+// Counted by every op. flops: of matrix multiplications and attention; bytes: of tensors read and
+// written.
 struct Cost {
   double flops = 0;
   double bytes = 0;
@@ -38,8 +39,9 @@ struct Context {
   std::vector<OpEvent>* timeline = nullptr;
 };
 
-// A deferred weight gradient: grad(param) += dy^T x, for grouped linears expert by expert. It is data, not code, so
-// that the records of several micro-batches can go into one GEMM with a longer K.
+// A deferred weight gradient: grad(param) += dy^T x, for grouped linears expert by expert. It is
+// data, not code, so that the records of several micro-batches can go into one GEMM with a longer
+// K.
 struct WgradRecord {
   Param* param;
   Tensor x;        // [N, in]
@@ -51,7 +53,8 @@ using WgradQueue = std::vector<WgradRecord>;
 
 class Tape {
  public:
-  // record = false keeps nothing (evaluation, generation). Weight gradients of linears go to `queue`.
+  // record = false keeps nothing (evaluation, generation). Weight gradients of linears go to
+  // `queue`.
   explicit Tape(Context& context, bool record = true, WgradQueue* queue = nullptr)
       : context(context), queue(queue), record_(record) {}
   Tape(Tape&&) = default;
@@ -60,8 +63,8 @@ class Tape {
   WgradQueue* queue;
 
   bool recording() const { return record_; }
-  void leaf(const Tensor& x);         // x wants a gradient
-  bool wants(const Tensor& x) const;  // leaves, and outputs of ops recorded on this tape
+  void leaf(const Tensor& x);                   // x wants a gradient
+  bool wants(const Tensor& x) const;            // leaves, and outputs of ops recorded on this tape
   void set_grad(const Tensor& y, Tensor grad);  // seeds an output; a second call adds
   Tensor grad(const Tensor& x) const;           // empty if there is none
   Tensor take_grad(const Tensor& x);            // moves it out; zeros if nothing reached x
@@ -83,13 +86,10 @@ class Tape {
     std::vector<uint64_t> outputs;
     std::function<void(Op&)> run;
   };
-  struct Slot {
-    Tensor grad;
-    bool is_leaf = false;
-  };
   bool record_;
   std::vector<Entry> entries_;
-  std::unordered_map<uint64_t, Slot> slots_;
+  // Of leaves and outputs, by identity; an empty tensor before the first contribution.
+  std::unordered_map<uint64_t, Tensor> grads_;
 };
 
 }  // namespace pith

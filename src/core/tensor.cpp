@@ -2,30 +2,22 @@
 
 #include <algorithm>
 #include <atomic>
-#include <type_traits>
-#include <utility>
 
 #include "core/memory.h"
 
 namespace pith {
 
 namespace {
-struct DTypeInfo {
-  const char* name;
-  size_t size;
-};
-constexpr DTypeInfo kDTypes[] = {{"fp64", 8}, {"fp32", 4}, {"bf16", 2},   {"e4m3", 1},
-                                 {"int64", 8}, {"int32", 4}, {"uint16", 2}, {"uint8", 1}};
-
-uint64_t next_id() {
-  static std::atomic<uint64_t> last{0};
-  return ++last;
-}
+constexpr std::pair<const char*, size_t> kDTypes[] = {{"fp64", 8},   {"fp32", 4},  {"bf16", 2},
+                                                      {"e4m3", 1},   {"int64", 8}, {"int32", 4},
+                                                      {"uint16", 2}, {"uint8", 1}};
+constexpr const char* kDevices[] = {"cpu", "cuda", "meta"};
+std::atomic<uint64_t> last_id{0};
 }  // namespace
 
-size_t size_of(DType t) { return kDTypes[int(t)].size; }
-const char* name_of(DType t) { return kDTypes[int(t)].name; }
-const char* name_of(Device d) { return d == Device::cpu ? "cpu" : d == Device::cuda ? "cuda" : "meta"; }
+size_t size_of(DType t) { return kDTypes[int(t)].second; }
+const char* name_of(DType t) { return kDTypes[int(t)].first; }
+const char* name_of(Device d) { return kDevices[int(d)]; }
 
 DType parse_dtype(const std::string& text) {
   for (DType t : {DType::f64, DType::f32, DType::bf16})
@@ -49,30 +41,16 @@ int64_t Shape::numel() const {
   return n;
 }
 
-bool Shape::operator==(const Shape& o) const {
-  return rank_ == o.rank_ && std::equal(dims_, dims_ + rank_, o.dims_);
-}
-
 std::string Shape::str() const {
   std::string s = "[";
   for (int i = 0; i < rank_; ++i) s += (i ? ", " : "") + std::to_string(dims_[i]);
   return s + "]";
 }
 
-struct Tensor::Storage {
-  void* data;
-  size_t bytes;
-  Device device;
-  const char* name;
-  Storage(size_t bytes, Device device, const char* name)
-      : data(memory::allocate(bytes, device, name)), bytes(bytes), device(device), name(name) {}
-  Storage(const Storage&) = delete;
-  ~Storage() { memory::release(data, bytes, device, name); }
-};
-
 Tensor::Tensor(Shape shape, DType dtype, Device device, const char* name)
-    : shape_(shape), dtype_(dtype), device_(device), id_(next_id()) {
-  storage_ = std::make_shared<Storage>(nbytes(), device, name);
+    : shape_(shape), dtype_(dtype), device_(device), id_(++last_id) {
+  const auto release = [=, n = nbytes()](void* p) { memory::release(p, n, device, name); };
+  storage_ = {memory::allocate(nbytes(), device, name), release};
 }
 
 Tensor Tensor::zeros(Shape shape, DType dtype, Device device, const char* name) {
@@ -81,16 +59,11 @@ Tensor Tensor::zeros(Shape shape, DType dtype, Device device, const char* name) 
   return t;
 }
 
-void Tensor::check(DType want) const {
+void* Tensor::raw(DType want) const {
   if (dtype_ != want) fail("a {} tensor was read as {}", str(), name_of(want));
-}
-
-void* Tensor::raw() { return const_cast<void*>(std::as_const(*this).raw()); }
-
-const void* Tensor::raw() const {
-  if (!storage_) fail("an empty tensor has no data");
+  if (!*this) fail("an empty tensor has no data");
   if (device_ == Device::meta) fail("a meta tensor {} has no data", shape_.str());
-  return static_cast<const std::byte*>(storage_->data) + offset_;
+  return static_cast<std::byte*>(storage_.get()) + offset_;
 }
 
 Tensor Tensor::reshape(Shape shape) const {
@@ -104,24 +77,15 @@ Tensor Tensor::row_range(int64_t begin, int64_t end) const {
   if (rank() < 1 || begin < 0 || end < begin || end > dim(0))
     fail("rows [{}, {}) of a tensor {}", begin, end, shape_.str());
   Tensor t = *this;
-  int64_t dims[4];
-  std::copy(shape_.dims().begin(), shape_.dims().end(), dims);
-  dims[0] = end - begin;
-  t.shape_ = Shape(std::span<const int64_t>(dims, size_t(rank())));
+  t.shape_.dims_[0] = end - begin;
   t.offset_ += size_t(begin * cols()) * size_of(dtype_);
-  t.id_ = next_id();
+  t.id_ = ++last_id;
   return t;
 }
 
 Tensor Tensor::identity() const {
   Tensor t = *this;
   t.storage_ = nullptr;
-  return t;
-}
-
-Tensor Tensor::clone(const char* name) const {
-  Tensor t(shape_, dtype_, device_, name);
-  t.copy_from(*this);
   return t;
 }
 
@@ -147,33 +111,24 @@ void Tensor::copy_from(const Tensor& src) {
       const auto* in = src.data<decltype(s)>();
       auto* out = data<decltype(d)>();
       const int64_t n = numel();
+      using To = std::conditional_t<std::is_same_v<decltype(d), bf16>, float, decltype(d)>;
 #pragma omp parallel for simd if (n > 65536)
-      for (int64_t i = 0; i < n; ++i) {
-        if constexpr (std::is_same_v<decltype(d), bf16>)
-          out[i] = bf16(float(in[i]));
-        else
-          out[i] = decltype(d)(in[i]);
-      }
+      for (int64_t i = 0; i < n; ++i) out[i] = decltype(d)(To(in[i]));
     });
   });
 }
 
 std::string Tensor::str() const {
-  if (!storage_) return "empty";
+  if (!*this) return "empty";
   return std::string(name_of(dtype_)) + shape_.str() + " " + name_of(device_);
 }
 
 template <class T> std::vector<T> Tensor::to_vector() const {
   std::vector<T> out(static_cast<size_t>(numel()));
-  const auto copy = [&](auto z) {
-    const auto* p = data<decltype(z)>();
-    for (size_t i = 0; i < out.size(); ++i) out[i] = T(p[i]);
-  };
+  const auto copy = [&](auto z) { std::ranges::copy(span<decltype(z)>(), out.begin()); };
   switch (dtype_) {
     case DType::i64: copy(int64_t{}); break;
     case DType::i32: copy(int32_t{}); break;
-    case DType::u16: copy(uint16_t{}); break;
-    case DType::u8: copy(uint8_t{}); break;
     default: by_float(dtype_, copy);
   }
   return out;

@@ -2,13 +2,9 @@
 // Tensor: a small value type over shared storage. Rows are contiguous, up to 4 dimensions. No graph, no dispatcher.
 
 #include <bit>
-#include <cstddef>
-#include <cstdint>
 #include <cstring>
-#include <initializer_list>
 #include <memory>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "core/error.h"
@@ -42,7 +38,8 @@ struct bf16 {
   static constexpr uint16_t round(float x) {
     const uint32_t u = std::bit_cast<uint32_t>(x);
     const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const uint32_t nan = -uint32_t((u & 0x7fffffffu) > 0x7f800000u);  // a mask: a branch would not vectorize
+    // A mask: a branch would not vectorize.
+    const uint32_t nan = -uint32_t((u & 0x7fffffffu) > 0x7f800000u);
     return static_cast<uint16_t>((((u >> 16) | 0x40u) & nan) | (rounded & ~nan));
   }
 };
@@ -75,10 +72,11 @@ class Shape {
   int64_t operator[](int i) const { return dims_[i]; }
   int64_t numel() const;
   std::span<const int64_t> dims() const { return {dims_, size_t(rank_)}; }
-  bool operator==(const Shape& o) const;
+  bool operator==(const Shape& o) const = default;
   std::string str() const;  // "[4, 128]"
 
  private:
+  friend class Tensor;
   int64_t dims_[4] = {0, 0, 0, 0};
   int rank_ = 0;
 };
@@ -89,14 +87,16 @@ class Tensor {
   // Uninitialized memory, counted by the allocator (core/memory.h) under `name`.
   Tensor(Shape shape, DType dtype, Device device, const char* name);
   static Tensor zeros(Shape shape, DType dtype, Device device, const char* name);
-  template <class T> static Tensor of(Shape shape, std::span<const T> values, const char* name = "values") {
+  template <class T>
+  static Tensor of(Shape shape, std::span<const T> values, const char* name = "values") {
     Tensor t(shape, dtype_of<T>(), Device::cpu, name);
-    if (t.numel() != int64_t(values.size())) fail("Tensor::of: {} values for shape {}", values.size(), shape.str());
+    if (t.numel() != int64_t(values.size()))
+      fail("Tensor::of: {} values for shape {}", values.size(), shape.str());
     if (!values.empty()) std::memcpy(t.raw(), values.data(), t.nbytes());
     return t;
   }
 
-  explicit operator bool() const { return storage_ != nullptr; }
+  explicit operator bool() const { return storage_.use_count() > 0; }  // on meta it points nowhere
   const Shape& shape() const { return shape_; }
   int rank() const { return shape_.rank(); }
   int64_t dim(int i) const { return shape_[i]; }
@@ -109,28 +109,29 @@ class Tensor {
   uint64_t id() const { return id_; }  // identity for the tape: equal for a tensor and its reshapes
 
   // Checked typed pointer; throws on the wrong dtype or on meta. data<T>() of a const Tensor is const.
-  template <class T> T* data() { check(dtype_of<T>()); return static_cast<T*>(raw()); }
-  template <class T> const T* data() const { check(dtype_of<T>()); return static_cast<const T*>(raw()); }
+  template <class T> T* data() { return static_cast<T*>(raw(dtype_of<T>())); }
+  template <class T> const T* data() const { return static_cast<const T*>(raw(dtype_of<T>())); }
   template <class T> std::span<T> span() { return {data<T>(), size_t(numel())}; }
   template <class T> std::span<const T> span() const { return {data<T>(), size_t(numel())}; }
-  void* raw();
-  const void* raw() const;
+  void* raw() { return raw(dtype_); }
+  const void* raw() const { return raw(dtype_); }
 
-  Tensor reshape(Shape shape) const;                  // same memory, same identity
-  Tensor row_range(int64_t begin, int64_t end) const;  // same memory, new identity: no gradient flows through it
-  Tensor identity() const;                            // no memory, same identity and shape: all that a backward
-                                                      // closure needs of a tensor whose values it does not read
-  Tensor clone(const char* name) const;
-  Tensor to(DType dtype, const char* name) const;      // cpu and meta
+  Tensor reshape(Shape shape) const;  // same memory, same identity
+  // Same memory, new identity: no gradient flows through it.
+  Tensor row_range(int64_t begin, int64_t end) const;
+  // No memory, same identity and shape: all that a backward closure needs of a tensor whose values it does not read.
+  Tensor identity() const;
+  Tensor clone(const char* name) const { return to(dtype_, name); }
+  Tensor to(DType dtype, const char* name) const;  // cpu and meta
   void fill_zero();
-  void copy_from(const Tensor& src);                   // same shape; converts floating dtypes
-  std::string str() const;                             // "bf16[4, 128] cpu"
-  template <class T> std::vector<T> to_vector() const;  // converted copy, for tests and small results
+  void copy_from(const Tensor& src);  // same shape; converts floating dtypes
+  std::string str() const;            // "bf16[4, 128] cpu"
+  // Converted copy, for tests and small results.
+  template <class T> std::vector<T> to_vector() const;
 
  private:
-  struct Storage;
-  void check(DType want) const;
-  std::shared_ptr<Storage> storage_;
+  void* raw(DType want) const;
+  std::shared_ptr<void> storage_;
   size_t offset_ = 0;  // bytes
   Shape shape_;
   DType dtype_ = DType::f32;

@@ -16,6 +16,7 @@
 // clang-format on
 
 #include <algorithm>
+#include <map>
 
 #include "core/error.h"
 #include "core/value.h"
@@ -33,35 +34,27 @@ Value convert(const toml::node& node, const std::string& name, const std::string
   if (depth > kMaxDepth) fail_input("{}: nested deeper than {}", where, kMaxDepth);
   Value v;
   if (const auto* table = node.as_table()) {
-    std::vector<std::pair<const toml::key*, const toml::node*>> members;
-    for (auto&& [key, member] : *table) members.emplace_back(&key, &member);
+    v = Value::object();
     // toml++ sorts its keys by name; here they keep the order of the file.
-    std::sort(members.begin(), members.end(), [](const auto& a, const auto& b) {
-      return a.first->source().begin < b.first->source().begin;
-    });
-    std::vector<Value::Member> values;
-    for (const auto& [key, member] : members) {
-      const std::string child = path + (path.empty() ? "" : ".") + printable(key->str());
-      values.emplace_back(key->str(),
-                          convert(*member, name, child, key->source().begin.line, depth + 1));
+    std::multimap<toml::source_position, std::pair<std::string, const toml::node*>> members;
+    for (auto&& [key, item] : *table)
+      members.emplace(key.source().begin, std::pair(key.str(), &item));
+    for (const auto& [at, member] : members) {
+      const std::string child = path + (path.empty() ? "" : ".") + printable(member.first);
+      v.add(member.first, convert(*member.second, name, child, at.line, depth + 1));
     }
-    v = Value::object(std::move(values));
   } else if (const auto* array = node.as_array()) {
     v = Value::array();
     for (const toml::node& item : *array) {
       const std::string child = fmt::format("{}[{}]", path, v.items().size());
       v.push_back(convert(item, name, child, item.source().begin.line, depth + 1));
     }
-  } else if (const auto* text = node.as_string()) {
-    v = Value(text->get());
-  } else if (const auto* integer = node.as_integer()) {
-    v = Value(integer->get());
-  } else if (const auto* real = node.as_floating_point()) {
-    v = Value(real->get());
-  } else if (const auto* boolean = node.as_boolean()) {
-    v = Value(boolean->get());
   } else {
-    fail_input("{}: dates and times have no meaning here; write a string or a number", where);
+    node.visit([&](const auto& leaf) {
+      if constexpr (requires { v = leaf.get(); }) v = leaf.get();
+    });
+    if (v.is_null())
+      fail_input("{}: dates and times have no meaning here; write a string or a number", where);
   }
   v.set_where(where);
   return v;
@@ -71,14 +64,13 @@ Value convert(const toml::node& node, const std::string& name, const std::string
 
 Value parse_toml(std::string_view text, const std::string& name) {
   // toml++ destroys nested tables recursively, and "a.a.a..." nests without any limit of its own.
-  if (std::count(text.begin(), text.end(), '.') > kMaxDots) {
+  if (std::count(text.begin(), text.end(), '.') > kMaxDots)
     fail_input("{}: more than {} dots, too many for a configuration", name, kMaxDots);
-  }
   const toml::parse_result result = toml::parse(text, name);
   if (!result) {
-    const toml::parse_error& e = result.error();
-    const toml::source_position& at = e.source().begin;
-    fail_input("{}:{}:{}: {}", name, at.line, at.column, printable(e.description(), 160));
+    const toml::source_position& at = result.error().source().begin;
+    fail_input("{}:{}:{}: {}", name, at.line, at.column,
+               printable(result.error().description(), 160));
   }
   return convert(result.table(), name, "", 1, 0);
 }

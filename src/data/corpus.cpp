@@ -21,8 +21,7 @@ constexpr int64_t kHeader = 34;
 constexpr size_t kBuffer = size_t(1) << 20;
 
 // Numbers of an index are not aligned.
-template <class T>
-T load(std::span<const std::byte> bytes, int64_t at) {
+template <class T> T load(std::span<const std::byte> bytes, int64_t at) {
   T value;
   std::memcpy(&value, bytes.data() + at, sizeof value);
   return value;
@@ -203,7 +202,10 @@ void CorpusWriter::write_index() {
 }
 
 void CorpusWriter::finish() {
-  if (documents_ == 0) fail_input("{}: there is no document to write", prefix_);
+  if (documents_ == 0) {
+    for (const char* end : {".bin.partial", ".len.partial"}) ::unlink((prefix_ + end).c_str());
+    fail_input("{}: the input holds no text", prefix_);
+  }
   drain();
   bin_.close();
   lengths_.close();

@@ -1,8 +1,9 @@
 #pragma once
-// Token corpora: the Megatron-LM pair PREFIX.bin (ids, uint16 or int32, back to back) and PREFIX.idx.
-// .idx, little-endian: "MMIDIDX\0\0", u64 version 1, u8 dtype code (8 = uint16, 4 = int32), u64 sequences, u64
-// document indices (documents + 1), int32 lengths[sequences] in tokens, int64 offsets[sequences] in bytes,
-// int64 document_indices[], the first sequence of every document, from 0 to `sequences`.
+// Token corpora: the Megatron-LM pair PREFIX.bin (ids, uint16 or int32, back to back) and
+// PREFIX.idx. .idx, little-endian: "MMIDIDX\0\0", u64 version 1, u8 dtype code (8 = uint16, 4 =
+// int32), u64 sequences, u64 document indices (documents + 1), int32 lengths[sequences] in tokens,
+// int64 offsets[sequences] in bytes, int64 document_indices[], the first sequence of every
+// document, from 0 to `sequences`.
 
 #include <cstdint>
 #include <span>
@@ -14,7 +15,8 @@
 namespace pith {
 
 // Reader over memory maps. Everything in the index is checked when it is opened (InputError); token
-// ids are not: who feeds them to a model checks them against its vocabulary. Safe for concurrent use.
+// ids are not: who feeds them to a model checks them against its vocabulary. Safe for concurrent
+// use.
 class Corpus {
  public:
   explicit Corpus(const std::string& prefix);  // PREFIX.idx and PREFIX.bin
@@ -24,7 +26,8 @@ class Corpus {
   int64_t tokens() const { return tokens_; }
   int token_bytes() const { return token_bytes_; }  // 2 or 4
 
-  // Ids [begin, begin + count) of the concatenated stream into out[count]. Error outside the stream.
+  // Ids [begin, begin + count) of the concatenated stream into out[count]. Error outside the
+  // stream.
   void read(int64_t begin, int64_t count, int32_t* out) const;
 
   // In tokens. Sequence or document i begins at its offset; i = sequences() or documents() gives
@@ -45,8 +48,8 @@ class Corpus {
 };
 
 // Writer. Tokens and lengths grow in PREFIX.bin.partial and PREFIX.len.partial; finish() makes the
-// pair appear by rename. A writer destroyed before that leaves the partial files, from which another
-// may continue.
+// pair appear by rename. A writer destroyed before that leaves the partial files, from which
+// another may continue.
 class CorpusWriter {
  public:
   // uint16 when vocab_size < 65500, else int32. Keeps the first `documents` documents of `tokens`

@@ -2,12 +2,6 @@
 // Batches from token corpora. Which sample a row gets depends only on (seed, row number): not on
 // the mesh, the micro-batch or where a run was interrupted.
 
-#include <cstdint>
-#include <memory>
-#include <string>
-#include <utility>
-#include <vector>
-
 #include "core/tensor.h"
 
 namespace pith {
@@ -17,7 +11,7 @@ namespace pith {
 struct Batch {
   Tensor tokens, labels, positions;
   Tensor document_start;  // where in the sequence the token's document starts; empty without masks
-  int64_t batch = 0, sequence = 0, label_count = 0;
+  int64_t batch = 1, sequence = 0, label_count = 0;
 };
 
 class Loader {
@@ -37,8 +31,6 @@ class Loader {
   ~Loader();
 
   int64_t size() const;  // windows in one epoch of all corpora
-  // How many times each corpus has been gone through after so many samples, fractions included.
-  std::vector<double> epochs(int64_t samples) const;
   // Rows [first, first + count) of the endless sequence of samples (sequential: first + count <=
   // size()). InputError: a token id outside the vocabulary, or no labels at all. Moving forward
   // costs a few ns per sample passed over, moving back starts from the first sample. Not for

@@ -22,6 +22,7 @@ constexpr size_t kChunkBytes = size_t(1) << 20;
 constexpr size_t kChunkFiles = 256;
 
 using File = std::unique_ptr<FILE, int (*)(FILE*)>;
+using Gzip = std::unique_ptr<gzFile_s, int (*)(gzFile_s*)>;
 
 struct stat status_of(const std::string& path) {
   struct stat info {};
@@ -29,17 +30,12 @@ struct stat status_of(const std::string& path) {
   return info;
 }
 
-// No NUL and few control characters in the first 8 KiB.
+// No NUL in the first 8 KiB.
 bool looks_like_text(const std::string& path) {
   const File file(std::fopen(path.c_str(), "rb"), &std::fclose);
   if (!file) fail_input("{}: {}", path, std::strerror(errno));
   char block[8192];
-  const size_t n = std::fread(block, 1, sizeof block, file.get());
-  const auto is_control = [](char c) {
-    return static_cast<unsigned char>(c) < 0x20 && !std::strchr("\t\n\v\f\r\x1b", c);
-  };
-  return std::find(block, block + n, '\0') == block + n &&
-         size_t(std::count_if(block, block + n, is_control)) * 50 <= n;
+  return !std::memchr(block, '\0', std::fread(block, 1, sizeof block, file.get()));
 }
 
 bool is_lines(const std::string& path) {
@@ -104,7 +100,8 @@ std::vector<Source> find_sources(const std::vector<std::string>& inputs,
       sources.push_back(file_source(input));
     }
   }
-  if (sources.empty()) fail_input("no text file among the inputs{}", globs.empty() ? "" : " matches --glob");
+  if (sources.empty())
+    fail_input("no text file among the inputs{}", globs.empty() ? "" : " matches --glob");
   return sources;
 }
 
@@ -128,7 +125,8 @@ class ChunkReader::Stream {
   bool read(std::string& out, size_t n) {
     const size_t before = out.size();
     out.resize(before + n);
-    const size_t got = zstd_ ? read_zstd(out.data() + before, n) : read_gzip(out.data() + before, n);
+    const size_t got =
+        zstd_ ? read_zstd(out.data() + before, n) : read_gzip(out.data() + before, n);
     out.resize(before + got);
     return got > 0;
   }
@@ -137,7 +135,8 @@ class ChunkReader::Stream {
     if (gzip_ && gzseek(gzip_.get(), n, SEEK_SET) == n) return;
     for (std::string ignored; n > 0; n -= int64_t(ignored.size())) {
       ignored.clear();
-      if (!read(ignored, size_t(std::min(n, int64_t(kChunkBytes))))) fail_input("{}: ends too early", path_);
+      if (!read(ignored, size_t(std::min(n, int64_t(kChunkBytes)))))
+        fail_input("{}: ends too early", path_);
     }
   }
 
@@ -171,7 +170,7 @@ class ChunkReader::Stream {
 
   std::string path_;
   bool zstd_;
-  std::unique_ptr<gzFile_s, int (*)(gzFile_s*)> gzip_{nullptr, &gzclose};
+  Gzip gzip_{nullptr, &gzclose};
   File file_{nullptr, &std::fclose};
   std::unique_ptr<ZSTD_DCtx, size_t (*)(ZSTD_DCtx*)> context_{ZSTD_createDCtx(), &ZSTD_freeDCtx};
   std::string in_;
@@ -188,8 +187,10 @@ ChunkReader::~ChunkReader() = default;
 bool ChunkReader::next(Chunk& chunk) {
   if (at_.source == int64_t(sources_.size())) return false;
   chunk = Chunk();
-  if (sources_[size_t(at_.source)].kind == Source::Kind::text) next_texts(chunk);
-  else next_lines(chunk);
+  if (sources_[size_t(at_.source)].kind == Source::Kind::text)
+    next_texts(chunk);
+  else
+    next_lines(chunk);
   chunk.after = at_;
   chunk.disk_bytes = done_bytes_ + (stream_ ? stream_->disk_position() : 0);
   return true;
@@ -219,7 +220,8 @@ void ChunkReader::next_lines(Chunk& chunk) {
     const size_t before = rest_.size();
     more = stream_->read(rest_, kChunkBytes);
     if (first == rest_.npos) first = rest_.find_first_not_of(" \t\r\n", before);
-    if (const size_t found = rest_.rfind('\n'); found != rest_.npos && found >= before) newline = found;
+    if (const size_t found = rest_.rfind('\n'); found != rest_.npos && found >= before)
+      newline = found;
     chunk.whole = source.kind == Source::Kind::standard_input && at_.line == 0 &&
                   first != rest_.npos && rest_[first] != '{';
   }

@@ -20,19 +20,20 @@ struct Source {
 std::vector<Source> find_sources(const std::vector<std::string>& inputs,
                                  const std::vector<std::string>& globs);
 
-// Where a chunk ends: the source to go on with, the decompressed bytes and lines of it already read.
+// Where a chunk ends: the source to go on with, the decompressed bytes and lines of it already
+// read.
 struct Position {
   int64_t source = 0, offset = 0, line = 0;
 };
 
 // About a megabyte of work, the same whatever the number of workers.
 struct Chunk {
-  size_t begin = 0, end = 0;   // one document each: the text sources [begin, end)
-  std::string lines;           // or lines of sources[begin], the first of which is `first_line`,
-  int64_t first_line = 0;      // counted from 1;
-  bool whole = false;          // or `lines` as one document
+  size_t begin = 0, end = 0;  // one document each: the text sources [begin, end)
+  std::string lines;          // or lines of sources[begin], the first of which is `first_line`,
+  int64_t first_line = 0;     // counted from 1;
+  bool whole = false;         // or `lines` as one document
   Position after;
-  int64_t disk_bytes = 0;      // of all sources, read when this chunk ends
+  int64_t disk_bytes = 0;  // of all sources, read when this chunk ends
 };
 
 class ChunkReader {

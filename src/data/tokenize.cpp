@@ -1,17 +1,14 @@
 #include "data/tokenize.h"
 
-#include <fcntl.h>
-#include <sys/file.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
-#include <condition_variable>
+#include <deque>
 #include <exception>
 #include <filesystem>
-#include <map>
+#include <future>
 #include <memory>
-#include <mutex>
 #include <thread>
 
 #include "core/error.h"
@@ -32,11 +29,10 @@ double seconds_since(Clock::time_point start) {
 
 // The encoded documents of one chunk.
 struct Batch {
-  std::vector<int32_t> ids;      // of all documents, end-of-text included
-  std::vector<size_t> ends;      // of each document in ids
+  std::vector<int32_t> ids;  // of all documents, end-of-text included
+  std::vector<size_t> ends;  // of each document in ids
   int64_t bytes = 0, disk_bytes = 0;
   Position after;
-  std::exception_ptr error;
 };
 
 class ChunkEncoder {
@@ -45,12 +41,16 @@ class ChunkEncoder {
                const std::vector<Source>& sources)
       : options_(options), sources_(sources), encoder_(tokenizer), eos_(tokenizer.eos_id()) {}
 
-  void encode(const Chunk& chunk, Batch& batch) {
+  Batch encode(const Chunk& chunk) {
+    Batch batch;
     batch.after = chunk.after;
     batch.disk_bytes = chunk.disk_bytes;
     for (size_t i = chunk.begin; i < chunk.end; ++i) document(read_file(sources_[i].path), batch);
-    if (chunk.whole) document(chunk.lines, batch);
-    else if (!chunk.lines.empty()) lines(chunk, batch);
+    if (chunk.whole)
+      document(chunk.lines, batch);
+    else
+      lines(chunk, batch);
+    return batch;
   }
 
  private:
@@ -81,89 +81,39 @@ class ChunkEncoder {
   std::optional<int32_t> eos_;
 };
 
-// Threads that read and encode chunks; pop() hands the batches out in order. A reader or an encoder that throws does
-// so out of the pop() whose turn it is.
-class Workers {
- public:
-  Workers(int count, const TokenizeOptions& options, const Tokenizer& tokenizer,
-          const std::vector<Source>& sources, Position start)
-      : reader_(sources, start), window_(4 * count) {
-    for (int i = 0; i < count; ++i)
-      threads_.emplace_back([&, this] { work(ChunkEncoder(options, tokenizer, sources)); });
-  }
-  ~Workers() {
-    {
-      const std::lock_guard lock(mutex_);
-      stop_ = true;
+// Calls done(batch) for every chunk, in order. Chunk n is encoded by worker n modulo their number.
+// Of several failures the first in the input is thrown.
+template <class Done>
+void encode_all(const TokenizeOptions& options, const Tokenizer& tokenizer,
+                const std::vector<Source>& sources, Position start, Done&& done) {
+  struct Worker {
+    ChunkEncoder encoder;
+    std::future<Batch> batch;
+  };
+  const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
+  std::deque<Worker> workers;
+  while (workers.size() < (options.workers ? unsigned(options.workers) : cores))
+    workers.push_back({ChunkEncoder(options, tokenizer, sources), {}});
+  ChunkReader reader(sources, start);
+  std::exception_ptr unreadable;
+  bool more = true;
+  for (size_t n = 0, idle = 0; idle < workers.size(); ++n) {
+    Worker& worker = workers[n % workers.size()];
+    if (worker.batch.valid()) done(worker.batch.get());
+    auto chunk = std::make_shared<Chunk>();
+    try {
+      more = more && reader.next(*chunk);
+    } catch (...) {
+      unreadable = std::current_exception();
+      more = false;
     }
-    changed_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
+    idle += !more;
+    if (more)
+      worker.batch = std::async(std::launch::async,
+                                [&worker, chunk] { return worker.encoder.encode(*chunk); });
   }
-
-  bool pop(Batch& batch) {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return ready_.count(popped_) || popped_ == end_; });
-    if (popped_ == end_) return false;
-    batch = std::move(ready_.extract(popped_++).mapped());
-    lock.unlock();
-    changed_.notify_all();
-    if (batch.error) std::rethrow_exception(batch.error);
-    return true;
-  }
-
- private:
-  void work(ChunkEncoder encoder) {
-    for (;;) {
-      Chunk chunk;
-      Batch batch;
-      int64_t number;
-      {
-        const std::lock_guard reading(reader_mutex_);  // chunks are numbered as they are read
-        {
-          std::unique_lock lock(mutex_);
-          changed_.wait(lock, [&] { return stop_ || end_ >= 0 || read_ < popped_ + window_; });
-          if (stop_ || end_ >= 0) return;
-        }
-        number = read_++;
-        bool more = true;
-        try {
-          more = reader_.next(chunk);
-        } catch (...) {
-          batch.error = std::current_exception();
-        }
-        const std::lock_guard lock(mutex_);
-        if (!more) end_ = number;
-        else if (batch.error) end_ = number + 1;
-      }
-      changed_.notify_all();
-      if (end_at(number)) return;
-      try {
-        if (!batch.error) encoder.encode(chunk, batch);
-      } catch (...) {
-        batch.error = std::current_exception();
-      }
-      {
-        const std::lock_guard lock(mutex_);
-        ready_.emplace(number, std::move(batch));
-      }
-      changed_.notify_all();
-    }
-  }
-  bool end_at(int64_t number) {
-    const std::lock_guard lock(mutex_);
-    return end_ == number;
-  }
-
-  std::mutex reader_mutex_, mutex_;
-  std::condition_variable changed_;
-  ChunkReader reader_;                // reader_mutex_, as is read_
-  int64_t read_ = 0;
-  int64_t popped_ = 0, end_ = -1;     // mutex_, and all below; end_: the number of chunks, once known
-  bool stop_ = false;
-  std::map<int64_t, Batch> ready_;
-  const int64_t window_;              // chunks read ahead of pop()
-  std::vector<std::thread> threads_;
-};
+  if (unreadable) std::rethrow_exception(unreadable);
+}
 
 // FNV-1a over everything that decides the output.
 std::string fingerprint(const TokenizeOptions& o, const Tokenizer& tokenizer,
@@ -178,124 +128,96 @@ std::string fingerprint(const TokenizeOptions& o, const Tokenizer& tokenizer,
   mix(o.text_key);
   mix(std::to_string(o.eos ? *tokenizer.eos_id() : -1));
   for (const Source& s : sources) {
-    if (s.kind == Source::Kind::standard_input) return "";  // nobody can say that it is the same again
+    if (s.kind == Source::Kind::standard_input)
+      return "";  // nobody can say that it is the same again
     mix(s.path);
     mix(fmt::format("{} {}", s.bytes, s.time));
   }
   return fmt::format("{:016x}", hash);
 }
 
-// PREFIX.tokenize.partial: the fingerprint, then a line for every point from which the work can go on.
-// Locked while it is open.
-class Journal {
- public:
-  struct Entry {
-    Position at;
-    int64_t documents = 0, tokens = 0, bytes = 0;
-  };
-  explicit Journal(const std::string& prefix) : path_(prefix + ".tokenize.partial"), file_(path_, true) {
-    lock_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
-    if (lock_ < 0 || ::flock(lock_, LOCK_EX | LOCK_NB) != 0)
-      fail_input("{} is being written by another process", prefix);
-  }
-  ~Journal() { ::close(lock_); }
+// How far a run has come; kept in PREFIX.tokenize.partial, always whole.
+struct Checkpoint {
+  Position at;
+  int64_t documents = 0, tokens = 0, bytes = 0;
 
-  // The last entry of a run with this fingerprint; else the beginning, and says so if there was another run.
-  Entry open(const std::string& fingerprint, const std::string& prefix, int64_t vocab_size) {
-    const std::string text = read_file(path_), header = "pith tokenize " + fingerprint + "\n";
-    const bool same = !fingerprint.empty() && text.starts_with(header);
-    const size_t end = text.rfind('\n'), begin = same ? text.rfind('\n', end - 1) + 1 : 0;
-    Entry e;
-    if (same &&
-        std::sscanf(text.c_str() + begin, "%ld %ld %ld %ld %ld %ld", &e.at.source, &e.at.offset,
-                    &e.at.line, &e.documents, &e.tokens, &e.bytes) == 6 &&
-        CorpusWriter::can_continue(prefix, vocab_size, e.documents, e.tokens)) {
-      fmt::print(stderr, "{}: continuing after {} documents\n", prefix, e.documents);
-      file_.resize(end + 1);
-      return e;
-    }
-    if (!text.empty() && !same)
-      fmt::print(stderr, "{}: an unfinished run had other inputs or options; starting again\n", prefix);
-    file_.resize(0);
-    file_.write(header.data(), header.size());
-    return {};
+  void save(const std::string& path, const std::string& fingerprint) const {
+    Value json;
+    json["fingerprint"] = fingerprint;
+    json["state"] = Value::array({at.source, at.offset, at.line, documents, tokens, bytes});
+    write_file_atomic(path, json.json() + "\n");
   }
-  void add(const Entry& e) {
-    const std::string line = fmt::format("{} {} {} {} {} {}\n", e.at.source, e.at.offset, e.at.line,
-                                         e.documents, e.tokens, e.bytes);
-    file_.write(line.data(), line.size());
-    file_.flush_to_disk();
-  }
-  void remove() { ::unlink(path_.c_str()); }
-
- private:
-  std::string path_;
-  OutputFile file_;
-  int lock_ = -1;
 };
 
+// Where the last run stopped if it had this fingerprint, else the beginning.
+Checkpoint load_checkpoint(const std::string& prefix, const std::string& fingerprint,
+                           int64_t vocab_size) {
+  const std::string path = prefix + ".tokenize.partial";
+  if (::access(path.c_str(), F_OK) != 0) return {};
+  const Value json = parse_json(read_file(path), path);
+  const std::vector<Value>& v = json.at("state").items();
+  if (fingerprint.empty() || json.at("fingerprint").as_string() != fingerprint || v.size() != 6) {
+    fmt::print(stderr, "{}: an unfinished run had other inputs or options; starting again\n",
+               prefix);
+    return {};
+  }
+  const Checkpoint c{
+      {v[0].as_int(), v[1].as_int(), v[2].as_int()}, v[3].as_int(), v[4].as_int(), v[5].as_int()};
+  if (!CorpusWriter::can_continue(prefix, vocab_size, c.documents, c.tokens)) return {};
+  fmt::print(stderr, "{}: continuing after {} documents\n", prefix, c.documents);
+  return c;
+}
+
+// A line on stderr every few seconds; on a terminal, one line that changes.
 class Progress {
  public:
-  explicit Progress(int64_t disk_bytes) : total_(disk_bytes), terminal_(::isatty(2)) {}
+  Progress(int64_t total, int64_t bytes) : total_(total), first_bytes_(bytes) {}
   ~Progress() {
-    if (terminal_ && shown_) std::fputc('\n', stderr);
+    if (terminal_ && last_ != start_) std::fputc('\n', stderr);
   }
   void show(int64_t bytes, int64_t tokens, int64_t disk_bytes) {
-    const double elapsed = seconds_since(start_);
-    if (first_disk_ < 0) {
-      first_disk_ = disk_bytes;
-      first_bytes_ = bytes;
-    }
+    if (first_disk_ < 0) first_disk_ = disk_bytes;
     if (seconds_since(last_) < (terminal_ ? 0.5 : 5)) return;
     last_ = Clock::now();
-    shown_ = true;
-    const double rate = double(disk_bytes - first_disk_) / elapsed;
-    const std::string eta =
-        total_ > disk_bytes && rate > 0 ? fmt::format("  eta {:.0f}s", double(total_ - disk_bytes) / rate) : "";
-    fmt::print(stderr, "{}tokenize  {:.1f} MB  {:.1f} MB/s  {} tokens{}{}", terminal_ ? "\r" : "",
-               double(bytes) / 1e6, double(bytes - first_bytes_) / 1e6 / elapsed, tokens, eta,
+    const double elapsed = seconds_since(start_), rate = double(disk_bytes - first_disk_) / elapsed;
+    const bool known = rate > 0 && total_ > disk_bytes;
+    fmt::print(stderr, "{}tokenize  {:.1f} MB  {:.1f} MB/s  {} tokens  eta {}{}",
+               terminal_ ? "\r" : "", double(bytes) / 1e6,
+               double(bytes - first_bytes_) / 1e6 / elapsed, tokens,
+               known ? fmt::format("{:.0f}s", double(total_ - disk_bytes) / rate) : "?",
                terminal_ ? "\x1b[K" : "\n");
     std::fflush(stderr);
   }
 
  private:
-  int64_t total_, first_disk_ = -1, first_bytes_ = 0;
-  bool terminal_, shown_ = false;
-  Clock::time_point start_ = Clock::now(), last_ = start_;
+  const int64_t total_, first_bytes_;
+  int64_t first_disk_ = -1;
+  const bool terminal_ = ::isatty(2);
+  const Clock::time_point start_ = Clock::now();
+  Clock::time_point last_ = start_;
 };
 
 // Whether the finished corpus has this fingerprint; then with its counts.
-bool up_to_date(const std::string& prefix, const std::string& fingerprint, TokenizeResult& result) {
-  const std::string path = prefix + ".tokenize.json";
-  if (::access(path.c_str(), F_OK) != 0 || ::access((prefix + ".idx").c_str(), F_OK) != 0) return false;
+bool up_to_date(const std::string& fingerprint, TokenizeResult& result) {
+  const std::string path = result.output + ".tokenize.json";
+  if (::access(path.c_str(), F_OK) != 0) return false;
   const Value json = parse_json(read_file(path), path);
   if (fingerprint.empty() || json.at("fingerprint").as_string() != fingerprint) {
-    fmt::print(stderr, "{}: was made from other inputs or options; tokenizing again\n", prefix);
+    fmt::print(stderr, "{}: made from other inputs or options; tokenizing again\n", result.output);
     return false;
   }
-  const Corpus corpus(prefix);
+  const Corpus corpus(result.output);
   result.documents = corpus.documents();
   result.tokens = corpus.tokens();
   result.bytes = json.at("bytes").as_int();
-  result.up_to_date = true;
-  return true;
-}
-
-void write_record(const TokenizeOptions& o, const TokenizeResult& r, const std::string& fingerprint) {
-  Value json;
-  json["fingerprint"] = fingerprint;
-  json["tokenizer"] = o.tokenizer;
-  json["documents"] = r.documents;
-  json["tokens"] = r.tokens;
-  json["bytes"] = r.bytes;
-  write_file_atomic(o.output + ".tokenize.json", json.json() + "\n");
+  return result.up_to_date = true;
 }
 
 }  // namespace
 
 std::string TokenizeResult::str() const {
-  const std::string counts =
-      fmt::format("{} documents, {} tokens, {} bytes of text in {}.bin", documents, tokens, bytes, output);
+  const std::string counts = fmt::format("{} documents, {} tokens, {} bytes of text in {}.bin",
+                                         documents, tokens, bytes, output);
   if (up_to_date) return counts + ": up to date";
   return fmt::format("{}, {:.1f} s", counts, seconds);
 }
@@ -310,52 +232,46 @@ TokenizeResult tokenize_corpus(const TokenizeOptions& o) {
     fail_input("{} names no end-of-text token; use --no-eos", tokenizer.file());
   const std::vector<Source> sources = find_sources(o.inputs, o.globs);
   const std::string mark = fingerprint(o, tokenizer, sources);
-  if (up_to_date(o.output, mark, result)) return result;
+  if (up_to_date(mark, result)) return result;
 
   if (const auto parent = std::filesystem::path(o.output).parent_path(); !parent.empty()) {
     std::error_code error;
     std::filesystem::create_directories(parent, error);
     if (error) fail_input("{}: {}", parent.string(), error.message());
   }
-  Journal journal(o.output);
-  Journal::Entry done = journal.open(mark, o.output, tokenizer.vocab_size());
+  const std::string partial = o.output + ".tokenize.partial";
+  Checkpoint done = load_checkpoint(o.output, mark, tokenizer.vocab_size());
   result.continued = done.documents;
   CorpusWriter writer(o.output, tokenizer.vocab_size(), done.documents, done.tokens);
-  int64_t total = 0, journaled = done.bytes;
+  int64_t total = 0, saved = done.bytes;
   for (const Source& s : sources) total += s.bytes;
-  Progress progress(total);
-  {
-    const int cores = std::max(1, int(std::thread::hardware_concurrency()));
-    Workers workers(o.workers ? o.workers : cores, o, tokenizer, sources, done.at);
-    Clock::time_point last = start;
-    for (Batch batch; workers.pop(batch);) {
-      size_t begin = 0;
-      for (const size_t end : batch.ends) {
-        writer.add(std::span(batch.ids).subspan(begin, end - begin));
-        begin = end;
-      }
-      done = {batch.after, writer.documents(), writer.tokens(), done.bytes + batch.bytes};
-      progress.show(done.bytes, done.tokens, batch.disk_bytes);
-      if (done.bytes - journaled < 8 << 20 || seconds_since(last) < 0.1) continue;
-      writer.flush_to_disk();  // before the line that says so
-      journal.add(done);
-      journaled = done.bytes;
-      last = Clock::now();
+  Progress progress(total, done.bytes);
+  Clock::time_point last = start;
+  encode_all(o, tokenizer, sources, done.at, [&](const Batch& batch) {
+    size_t begin = 0;
+    for (const size_t end : batch.ends) {
+      writer.add(std::span(batch.ids).subspan(begin, end - begin));
+      begin = end;
     }
-  }
-  if (done.documents == 0) {
-    for (const char* end : {".bin.partial", ".len.partial"}) ::unlink((o.output + end).c_str());
-    journal.remove();
-    fail_input("{}: the inputs hold no text", o.output);
-  }
+    done = {batch.after, writer.documents(), writer.tokens(), done.bytes + batch.bytes};
+    progress.show(done.bytes, done.tokens, batch.disk_bytes);
+    if (done.bytes - saved < 8 << 20 || seconds_since(last) < 0.1) return;
+    writer.flush_to_disk();  // before the file that says so
+    done.save(partial, mark);
+    saved = done.bytes;
+    last = Clock::now();
+  });
   ::unlink((o.output + ".tokenize.json").c_str());
   writer.finish();
   result.documents = done.documents;
   result.tokens = done.tokens;
   result.bytes = done.bytes;
   result.seconds = seconds_since(start);
-  write_record(o, result, mark);
-  journal.remove();
+  Value json;
+  json["fingerprint"] = mark;
+  json["bytes"] = result.bytes;
+  write_file_atomic(o.output + ".tokenize.json", json.json() + "\n");
+  ::unlink(partial.c_str());
   return result;
 }
 

@@ -26,14 +26,14 @@ struct TokenizeResult {
   std::string str() const;  // one line for the user
 };
 
-// A file is one document, but for .jsonl, .jsonl.gz and .jsonl.zst, which have one per line; stdin is
-// .jsonl if its first character that is not white is "{", else one document. Documents without a
+// A file is one document, but for .jsonl, .jsonl.gz and .jsonl.zst, which have one per line; stdin
+// is .jsonl if its first character that is not white is "{", else one document. Documents without a
 // token are left out. Directories are walked in order of path, each once (no cycles), without names
 // that begin with a dot; where no glob is given, files that look binary are left out too.
 //
-// The output is the same for every number of workers. After a kill, a rerun with the same options and
-// inputs (by size and time) continues after the last chunk in PREFIX.tokenize.partial; with others it
-// says so on stderr and starts again. Progress goes to stderr. Bad input (a malformed JSON line, no
+// The output is the same for every number of workers. After a kill, a rerun with the same options
+// and inputs (by size and time) continues where PREFIX.tokenize.partial says; with others it says
+// so on stderr and starts again. Progress goes to stderr. Bad input (a malformed JSON line, no
 // documents, ...) is an InputError and leaves nothing under the final names.
 TokenizeResult tokenize_corpus(const TokenizeOptions& options);
 

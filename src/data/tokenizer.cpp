@@ -4,8 +4,11 @@
 
 #include <algorithm>
 #include <array>
+#include <bitset>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <set>
 #include <unordered_map>
 
 #include "core/error.h"
@@ -20,35 +23,33 @@ namespace {
 constexpr uint32_t kNever = ~0u;  // the rank of a pair that does not merge
 
 struct AddedToken {
-  std::string text;  // what is looked for
   int32_t id;
   bool single_word, lstrip, rstrip;
 };
 
-// Added tokens of one kind, sorted by text.
+// Added tokens of one kind, by text.
 struct AddedTokens {
-  std::vector<AddedToken> sorted;
-  std::array<bool, 256> starts{};
+  std::map<std::string, AddedToken, std::less<>> by_text;
+  std::set<size_t, std::greater<>> sizes;
+  std::bitset<65536> starts;  // pairs of first bytes
 
-  void add(AddedToken token) {
-    starts[static_cast<unsigned char>(token.text[0])] = true;
-    const auto at = std::lower_bound(sorted.begin(), sorted.end(), token.text,
-                                     [](const AddedToken& a, const std::string& b) { return a.text < b; });
-    sorted.insert(at, std::move(token));
+  static size_t start(std::string_view text) {
+    const auto byte = [&](size_t i) { return i < text.size() ? text[i] & 0xff : 0; };
+    return size_t(byte(0) << 8 | byte(1));
   }
-
-  // The longest token that begins at text[at], or nullptr: the sorted range that agrees so far shrinks byte by byte.
-  const AddedToken* longest(std::string_view text, size_t at) const {
-    const AddedToken* best = nullptr;
-    auto low = sorted.begin(), high = sorted.end();
-    for (size_t k = 0; low != high && at + k < text.size(); ++k) {
-      const auto byte = [k](const AddedToken& a) { return k < a.text.size() ? int((unsigned char)a.text[k]) : -1; };
-      const int want = static_cast<unsigned char>(text[at + k]);
-      low = std::partition_point(low, high, [&](const AddedToken& a) { return byte(a) < want; });
-      high = std::partition_point(low, high, [&](const AddedToken& a) { return byte(a) == want; });
-      if (low != high && low->text.size() == k + 1) best = &*low;
-    }
-    return best;
+  void add(const std::string& text, AddedToken token) {
+    by_text[text] = token;
+    sizes.insert(text.size());
+    if (text.size() > 1) starts.set(start(text));
+    for (size_t second = 0; text.size() == 1 && second < 256; ++second)
+      starts.set(start(text) + second);
+  }
+  // The size of the longest token that begins `text`, or 0.
+  size_t longest(std::string_view text) const {
+    if (!starts[start(text)]) return 0;
+    for (const size_t size : sizes)
+      if (size <= text.size() && by_text.contains(text.substr(0, size))) return size;
+    return 0;
   }
 };
 
@@ -58,79 +59,52 @@ uint32_t last_code_point(std::string_view text) {
   return code_point(text.data() + i);
 }
 
-// Calls found(token, begin, end) and between(begin, end) for the leftmost-longest matches in `text` and what is
-// between them. As in the library, stripped spaces belong to the match, and a discarded one still uses its text up.
+// Calls found(id) and between(text) for the leftmost-longest matches in `text` and what is between
+// them. As in the library, stripped spaces belong to the match, and a discarded match still uses
+// its text up.
 template <class Found, class Between>
-void split_at_tokens(const AddedTokens& tokens, std::string_view text, Found&& found, Between&& between) {
+void split_at_tokens(const AddedTokens& tokens, std::string_view text, Found&& found,
+                     Between&& between) {
   size_t done = 0;
-  for (size_t at = 0; !tokens.sorted.empty() && at < text.size();) {
-    const AddedToken* token = nullptr;
-    if (tokens.starts[static_cast<unsigned char>(text[at])]) token = tokens.longest(text, at);
-    if (!token) {
-      ++at;
+  for (size_t at = 0; !tokens.sizes.empty() && at < text.size();) {
+    const size_t size = tokens.longest(text.substr(at));
+    size_t begin = at, end = at + size;
+    at += std::max(size, size_t(1));
+    if (size == 0) continue;
+    const AddedToken& token = tokens.by_text.find(text.substr(begin, size))->second;
+    if (token.single_word && ((begin > 0 && is_word(last_code_point(text.substr(0, begin)))) ||
+                              (end < text.size() && is_word(code_point(text.data() + end)))))
       continue;
+    while (token.lstrip && begin > done && is_space(last_code_point(text.substr(0, begin)))) {
+      --begin;
+      while ((text[begin] & 0xc0) == 0x80) --begin;
     }
-    size_t begin = at, end = at + token->text.size();
-    at = end;
-    if (token->single_word && ((begin > 0 && is_word(last_code_point(text.substr(0, begin)))) ||
-                               (end < text.size() && is_word(code_point(text.data() + end)))))
-      continue;
-    if (token->lstrip) {
-      while (begin > done && is_space(last_code_point(text.substr(0, begin))))
-        do --begin;
-        while ((text[begin] & 0xc0) == 0x80);
-      begin = std::max(begin, done);
-    }
-    if (token->rstrip)
-      while (end < text.size() && is_space(code_point(text.data() + end)))
-        end += utf8_length(static_cast<unsigned char>(text[end]));
+    if (token.lstrip) begin = std::max(begin, done);
+    while (token.rstrip && end < text.size() && is_space(code_point(text.data() + end)))
+      end += utf8_length(text[end]);
     if (done < begin) between(text.substr(done, begin - done));
-    if (begin < end) found(*token);  // what an earlier match stripped is gone
+    if (begin < end) found(token.id);  // what an earlier match stripped is gone
     done = end;
   }
   if (done < text.size()) between(text.substr(done));
 }
 
-// GPT-2's printable stand-in for every byte: itself where printable in Latin-1, else U+0100 and on, in order.
-std::array<uint32_t, 256> byte_characters() {
-  std::array<uint32_t, 256> of{};
+// GPT-2's printable characters for bytes: itself where printable in Latin-1, else U+0100 and on.
+std::array<std::string, 256> spelled_bytes() {
+  std::array<std::string, 256> of;
   uint32_t next = 0x100;
   for (uint32_t b = 0; b < 256; ++b) {
-    const bool printable = (b >= 0x21 && b <= 0x7e) || (b >= 0xa1 && b <= 0xac) || b >= 0xae;
-    of[b] = printable ? b : next++;
+    const bool printable = (b >= 0x21 && b <= 0x7e) || (b >= 0xa1 && b != 0xad);
+    append_utf8(printable ? b : next++, of[b]);
   }
   return of;
 }
 
-// Left and right token id to rank: a hash table with open addressing, at most half full.
-class MergeTable {
- public:
-  void reserve(size_t merges) {
-    shift_ = 60;
-    while ((size_t(1) << (64 - shift_)) < 2 * merges) --shift_;
-    slots_.assign(size_t(1) << (64 - shift_), {~uint64_t(0), kNever});
-  }
-  void set(int32_t left, int32_t right, uint32_t rank) {
-    const uint64_t k = key(left, right);
-    size_t i = index(k);
-    while (slots_[i].rank != kNever && slots_[i].key != k) i = (i + 1) & (slots_.size() - 1);
-    slots_[i] = {k, rank};
-  }
-  uint32_t rank(int32_t left, int32_t right) const {
-    const uint64_t k = key(left, right);
-    for (size_t i = index(k);; i = (i + 1) & (slots_.size() - 1))
-      if (slots_[i].key == k || slots_[i].rank == kNever) return slots_[i].rank;
-  }
-
- private:
-  struct Slot {
-    uint64_t key;
-    uint32_t rank;
-  };
-  static uint64_t key(int32_t left, int32_t right) { return uint64_t(uint32_t(left)) << 32 | uint32_t(right); }
-  size_t index(uint64_t k) const { return (k * 0x9e3779b97f4a7c15u ^ k >> 29) * 0xbf58476d1ce4e5b9u >> shift_; }
-  int shift_ = 60;
-  std::vector<Slot> slots_;
+uint64_t pair_key(int32_t left, int32_t right) {
+  return uint64_t(uint32_t(left)) << 32 | uint32_t(right);
+}
+struct PairHash {
+  size_t operator()(uint64_t k) const { return (k ^ k >> 29) * 0x9e3779b97f4a7c15u >> 20; }
 };
 
 bool flag(const Value& object, const char* key) {
@@ -147,64 +121,64 @@ struct Tokenizer::Model {
   void read_added(const Value& added);
   void read_normalizer(const Value& spec);
   void find_eos();
-  void set_token(int32_t id, const std::string& text);
+  void set_token(int64_t id, const std::string& text);
+  int32_t find(const std::string& text) const {  // -1 if there is none
+    const auto it = vocabulary.find(text);
+    return it == vocabulary.end() ? -1 : it->second;
+  }
 
+  struct Token {
+    std::string bytes;  // what it decodes to; nothing for an id that nobody has
+    bool own = false, added = false, special = false;  // own: of the BPE model
+  };
   std::string file;
-  std::unordered_map<std::string, int32_t> vocabulary;  // the model's own
-  std::unordered_map<std::string, int32_t> added;
-  std::vector<std::string> bytes;  // by id: what the token decodes to
-  std::vector<bool> known, special;
-  AddedTokens raw, normalized;     // looked for before and after normalization
+  std::vector<Token> tokens;
+  std::unordered_map<std::string, int32_t> vocabulary;  // as spelled in the file
+  AddedTokens raw, normalized;                          // looked for before and after normalization
   bool nfc = false;
   std::unique_ptr<PreTokenizer> pretokenizer;
 
-  std::array<uint32_t, 256> characters = byte_characters();
-  std::unordered_map<uint32_t, char> byte_of;
-  std::array<int32_t, 256> byte_id;  // -1 where the vocabulary lacks the byte
-  int32_t unknown = -1;              // stands for such bytes; -1: they vanish
+  std::array<std::string, 256> spelled = spelled_bytes();
+  std::unordered_map<std::string_view, char> byte_of;  // the inverse
+  std::array<int32_t, 256> byte_id;                    // -1 where the vocabulary lacks the byte
+  int32_t unknown = -1;                                // stands for such bytes; -1: they vanish
   bool fuse_unknown = false, ignore_merges = false;
-  MergeTable merges;
-  std::vector<int32_t> merged;       // rank to id
+  std::unordered_map<uint64_t, uint32_t, PairHash> merges;  // pair to rank
+  std::vector<int32_t> merged;                              // rank to id
   int32_t eos = -1;
 };
 
 Tokenizer::Model::Model(const std::string& path) {
-  struct stat status;
-  const bool directory = stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
+  struct stat info {};
+  const bool directory = stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode);
   file = directory ? path + "/tokenizer.json" : path;
-  for (uint32_t b = 0; b < 256; ++b) byte_of[characters[b]] = char(b);
+  for (int b = 0; b < 256; ++b) byte_of[spelled[size_t(b)]] = char(b);
   const Value json = parse_json(read_file(file), file);
   read_bpe(json.at("model"));
   if (const Value* v = json.find("normalizer")) read_normalizer(*v);
-  const Value* pre = json.find("pre_tokenizer");
-  if (!pre) fail_input("{}: no pre_tokenizer; only byte-level BPE is supported", file);
-  pretokenizer = std::make_unique<PreTokenizer>(*pre);
-  const Value* decoder = json.find("decoder");
-  const Value* type = decoder && !decoder->is_null() ? decoder->find("type") : nullptr;
-  if (!type || type->as_string() != "ByteLevel")
-    fail_input("{}: decoder {} is not supported (only ByteLevel)", file, type ? type->as_string() : "null");
+  pretokenizer = std::make_unique<PreTokenizer>(json.at("pre_tokenizer"));
+  const Value& decoder = json.at("decoder");
+  const std::string type = decoder.is_null() ? "null" : decoder.at("type").as_string();
+  if (type != "ByteLevel")
+    fail_input("{}: decoder {} is not supported (only ByteLevel)", file, type);
   if (const Value* v = json.find("added_tokens")) read_added(*v);
   find_eos();
 }
 
-void Tokenizer::Model::set_token(int32_t id, const std::string& text) {
+void Tokenizer::Model::set_token(int64_t id, const std::string& text) {
   if (id < 0 || id > 1 << 28) fail_input("{}: token id {} is out of range", file, id);
-  if (size_t(id) >= bytes.size()) {
-    bytes.resize(size_t(id) + 1);
-    known.resize(size_t(id) + 1);
-    special.resize(size_t(id) + 1);
-  }
-  std::string decoded;
-  for (size_t i = 0; i < text.size(); i += utf8_length(static_cast<unsigned char>(text[i]))) {
-    const auto it = byte_of.find(code_point(text.data() + i));
+  if (size_t(id) >= tokens.size()) tokens.resize(size_t(id) + 1);
+  std::string bytes;
+  for (size_t i = 0, n; i < text.size(); i += n) {
+    n = utf8_length(text[i]);
+    const auto it = byte_of.find(std::string_view(text).substr(i, n));
     if (it == byte_of.end()) {  // not a byte-level token: stands for itself
-      decoded = text;
+      bytes = text;
       break;
     }
-    decoded += it->second;
+    bytes += it->second;
   }
-  bytes[size_t(id)] = decoded;
-  known[size_t(id)] = true;
+  tokens[size_t(id)].bytes = bytes;
 }
 
 void Tokenizer::Model::read_bpe(const Value& bpe) {
@@ -219,40 +193,33 @@ void Tokenizer::Model::read_bpe(const Value& bpe) {
   fuse_unknown = flag(bpe, "fuse_unk");
   ignore_merges = flag(bpe, "ignore_merges");
   for (const auto& [text, id] : bpe.at("vocab").members()) {
-    if (id.as_int() < 0 || id.as_int() > 1 << 28) id.reject("a token id");
-    vocabulary.emplace(text, int32_t(id.as_int()));
-    set_token(int32_t(id.as_int()), text);
+    set_token(id.as_int(), text);
+    vocabulary[text] = int32_t(id.as_int());
+    tokens[size_t(id.as_int())].own = true;
   }
-  for (uint32_t b = 0; b < 256; ++b) {
-    std::string character;
-    append_utf8(characters[b], character);
-    const auto it = vocabulary.find(character);
-    byte_id[b] = it == vocabulary.end() ? -1 : it->second;
-  }
+  for (size_t b = 0; b < 256; ++b) byte_id[b] = find(spelled[b]);
   if (const Value* v = bpe.find("unk_token"); v && !v->is_null()) {
-    const auto it = vocabulary.find(v->as_string());
-    if (it == vocabulary.end() && std::count(byte_id.begin(), byte_id.end(), -1))
+    unknown = find(v->as_string());
+    if (unknown < 0 && std::count(byte_id.begin(), byte_id.end(), -1))
       fail_input("{}: unk_token {} is not in the vocabulary", file, v->as_string());
-    if (it != vocabulary.end()) unknown = it->second;
   }
   read_merges(bpe.at("merges"));
 }
 
 void Tokenizer::Model::read_merges(const Value& list) {
   const auto id = [&](const std::string& text, const Value& merge) {
-    const auto it = vocabulary.find(text);
-    if (it == vocabulary.end()) merge.reject(fmt::format("tokens of the vocabulary (\"{}\" is not)", text));
-    return it->second;
+    const int32_t found = find(text);
+    if (found < 0) merge.reject(fmt::format("tokens of the vocabulary (\"{}\" is not)", text));
+    return found;
   };
-  merges.reserve(list.items().size());
-  uint32_t rank = 0;
+  merges.reserve(2 * list.items().size());
   for (const Value& merge : list.items()) {
     std::string left, right;
     if (merge.is(Value::Kind::string)) {
       const std::string& text = merge.as_string();
       if (text.starts_with("#version")) continue;
       const size_t space = text.find(' ');
-      if (space == text.npos || text.find(' ', space + 1) != text.npos) merge.reject("two tokens");
+      if (space == text.npos || space != text.rfind(' ')) merge.reject("two tokens");
       left = text.substr(0, space);
       right = text.substr(space + 1);
     } else {
@@ -260,7 +227,7 @@ void Tokenizer::Model::read_merges(const Value& list) {
       left = merge.items()[0].as_string();
       right = merge.items()[1].as_string();
     }
-    merges.set(id(left, merge), id(right, merge), rank++);
+    merges[pair_key(id(left, merge), id(right, merge))] = uint32_t(merged.size());
     merged.push_back(id(left + right, merge));
   }
 }
@@ -277,52 +244,46 @@ void Tokenizer::Model::read_normalizer(const Value& spec) {
   }
 }
 
-// The library does not read the ids of added tokens: one that is not in the vocabulary gets the next free id.
+// The library does not read the ids of added tokens: one that the model lacks gets the next free
+// id. Of several with one text the last counts.
 void Tokenizer::Model::read_added(const Value& list) {
   int32_t next = int32_t(vocabulary.size());
-  std::unordered_map<int32_t, const Value*> by_id;
+  std::map<int32_t, const Value*> by_id;
   for (const Value& token : list.items()) {
     const std::string& text = token.at("content").as_string();
     if (text.empty()) continue;
-    int32_t id;
-    if (const auto it = added.find(text); it != added.end()) id = it->second;
-    else if (const auto own = vocabulary.find(text); own != vocabulary.end()) id = own->second;
-    else id = next++;
-    if (const Value* stated = token.find("id"); stated && stated->as_int() != id)
-      warn_once(fmt::format("{}: added token {} has id {}, not {}: ids follow the vocabulary", file, text, id,
-                            stated->as_int()));
-    added[text] = id;
-    by_id[id] = &token;
+    const auto [it, is_new] = vocabulary.emplace(text, next);
+    next += is_new;
+    if (const Value* id = token.find("id"); id && id->as_int() != it->second)
+      warn_once(fmt::format("{}: added token {} gets id {}, not {}", file, text, it->second,
+                            id->as_int()));
+    by_id[it->second] = &token;
   }
   for (const auto& [id, token] : by_id) {
     const bool is_normalized = flag(*token, "normalized");
-    std::string storage;
-    const std::string& content = token->at("content").as_string();
-    const std::string text(is_normalized && nfc ? normalize_nfc(content, storage) : content);
+    std::string text = token->at("content").as_string(), storage;
+    if (is_normalized && nfc) text = std::string(normalize_nfc(text, storage));
     set_token(id, text);
-    special[size_t(id)] = flag(*token, "special");
+    tokens[size_t(id)].added = true;
+    tokens[size_t(id)].special = flag(*token, "special");
     (is_normalized ? normalized : raw)
-        .add({text, id, flag(*token, "single_word"), flag(*token, "lstrip"), flag(*token, "rstrip")});
+        .add(text,
+             {id, flag(*token, "single_word"), flag(*token, "lstrip"), flag(*token, "rstrip")});
   }
 }
 
 void Tokenizer::Model::find_eos() {
-  const size_t slash = file.rfind('/');
-  const std::string config = (slash == file.npos ? "" : file.substr(0, slash + 1)) + "tokenizer_config.json";
-  std::vector<std::string> names = {"<|endoftext|>", "</s>", "<|end_of_text|>", "<|return|>", "<|eot_id|>",
-                                    "<|im_end|>", "<eos>", "<｜end▁of▁sentence｜>"};
-  if (struct stat status; stat(config.c_str(), &status) == 0) {
+  std::vector<std::string> names = {"<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>",
+                                    "<eos>"};
+  const std::string config = file.substr(0, file.rfind('/') + 1) + "tokenizer_config.json";
+  if (struct stat info{}; stat(config.c_str(), &info) == 0) {
     const Value json = parse_json(read_file(config), config);
     const Value* token = json.find("eos_token");
     if (token && token->is(Value::Kind::object)) token = token->find("content");
     if (token && !token->is_null()) names.insert(names.begin(), token->as_string());
   }
-  for (const std::string& name : names) {
-    const auto it = added.find(name);
-    if (it == added.end()) continue;
-    eos = it->second;
-    return;
-  }
+  for (const std::string& name : names)
+    if (const int32_t id = find(name); eos < 0 && id >= 0 && tokens[size_t(id)].added) eos = id;
 }
 
 Tokenizer::Tokenizer(const std::string& path) : model_(std::make_unique<Model>(path)) {}
@@ -339,33 +300,37 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text) const {
 std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special) const {
   std::string out, storage;
   for (const int32_t id : ids)
-    if (id >= 0 && id < vocab_size() && !(skip_special && is_special(id))) out += model_->bytes[size_t(id)];
+    if (id >= 0 && id < vocab_size() && !(skip_special && is_special(id)))
+      out += model_->tokens[size_t(id)].bytes;
   return std::string(repair_utf8(out, storage));
 }
 
-int32_t Tokenizer::vocab_size() const { return int32_t(model_->bytes.size()); }
+int32_t Tokenizer::vocab_size() const { return int32_t(model_->tokens.size()); }
 
 std::optional<int32_t> Tokenizer::id_of(std::string_view token) const {
-  for (const auto* map : {&model_->added, &model_->vocabulary})
-    if (const auto it = map->find(std::string(token)); it != map->end()) return it->second;
-  return std::nullopt;
+  const int32_t id = model_->find(std::string(token));
+  return id < 0 ? std::nullopt : std::optional(id);
 }
 
-bool Tokenizer::is_special(int32_t id) const { return id >= 0 && id < vocab_size() && model_->special[size_t(id)]; }
+bool Tokenizer::is_special(int32_t id) const {
+  return id >= 0 && id < vocab_size() && model_->tokens[size_t(id)].special;
+}
 
 std::optional<int32_t> Tokenizer::eos_id() const {
-  return model_->eos < 0 ? std::nullopt : std::optional<int32_t>(model_->eos);
+  return model_->eos < 0 ? std::nullopt : std::optional(model_->eos);
 }
 
 void Tokenizer::set_eos(int32_t id) {
-  if (id < 0 || id >= vocab_size()) fail_input("end-of-text id {} is outside the vocabulary of {}", id, vocab_size());
+  if (id < 0 || id >= vocab_size())
+    fail_input("end-of-text id {} is outside the vocabulary of {}", id, vocab_size());
   model_->eos = id;
 }
 
 const std::string& Tokenizer::file() const { return model_->file; }
 
 struct Encoder::State {
-  explicit State(const Tokenizer::Model& m) : model(m), scratch(*m.pretokenizer), cache(kSlots) {
+  explicit State(const Tokenizer::Model& m)
+      : model(m), pretokenizer(*m.pretokenizer), cache(kSlots) {
     sink = [this](std::string_view piece) { cached(piece); };
   }
   void section(std::string_view text);
@@ -373,7 +338,7 @@ struct Encoder::State {
   void bpe(std::string_view piece);
   void merge();
 
-  // Pieces of up to kKey bytes and kIds ids, by hash; a new piece replaces the one in its place. One cache line each.
+  // Pieces of up to kKey bytes and kIds ids, by hash; a new one replaces what is in its place.
   static constexpr size_t kKey = 23, kIds = 9, kSlots = size_t(1) << 15;
   struct alignas(64) Slot {
     uint64_t key[3] = {};  // the bytes, zeros, and the length in the last byte
@@ -386,7 +351,7 @@ struct Encoder::State {
     uint32_t rank;            // of the pair with the next symbol
   };
   const Tokenizer::Model& model;
-  PreTokenizer::Scratch scratch;
+  PreTokenizer pretokenizer;
   PreTokenizer::Sink sink;
   std::vector<Slot> cache;
   std::vector<Symbol> symbols;
@@ -402,15 +367,16 @@ Encoder::~Encoder() = default;
 void Encoder::encode(std::string_view text, std::vector<int32_t>& out) {
   State& s = *state_;
   s.out = &out;
-  split_at_tokens(s.model.raw, repair_utf8(text, s.repaired),
-                  [&](const AddedToken& token) { out.push_back(token.id); },
-                  [&](std::string_view between) { s.section(between); });
+  split_at_tokens(
+      s.model.raw, repair_utf8(text, s.repaired), [&](int32_t id) { out.push_back(id); },
+      [&](std::string_view between) { s.section(between); });
 }
 
 void Encoder::State::section(std::string_view text) {
   if (model.nfc) text = normalize_nfc(text, normalized);
-  split_at_tokens(model.normalized, text, [&](const AddedToken& token) { out->push_back(token.id); },
-                  [&](std::string_view between) { model.pretokenizer->split(between, scratch, sink); });
+  split_at_tokens(
+      model.normalized, text, [&](int32_t id) { out->push_back(id); },
+      [&](std::string_view between) { pretokenizer.split(between, sink); });
 }
 
 void Encoder::State::cached(std::string_view piece) {
@@ -434,25 +400,26 @@ void Encoder::State::cached(std::string_view piece) {
   std::copy(out->begin() + ptrdiff_t(before), out->end(), slot.ids);
 }
 
-// Sennrich et al. 2016 (arXiv 1508.07909): merges the adjacent pair of lowest rank, leftmost first, until none is left.
+// Sennrich et al. 2016 (arXiv 1508.07909): merges the adjacent pair of lowest rank, leftmost first,
+// until none is left.
 void Encoder::State::bpe(std::string_view piece) {
-  if (piece.size() >= kNever) fail_input("a piece of {} bytes is too long to tokenize", piece.size());
+  if (piece.size() >= kNever)
+    fail_input("a piece of {} bytes is too long to tokenize", piece.size());
   if (model.ignore_merges) {
     spelled.clear();
-    for (const char c : piece) append_utf8(model.characters[static_cast<unsigned char>(c)], spelled);
-    if (const auto it = model.vocabulary.find(spelled); it != model.vocabulary.end()) {
-      out->push_back(it->second);
-      return;
-    }
+    for (const unsigned char c : piece) spelled += model.spelled[c];
+    if (const int32_t id = model.find(spelled); id >= 0 && model.tokens[size_t(id)].own)
+      return out->push_back(id);
   }
   symbols.clear();
   bool fusing = false;
-  for (const char c : piece) {
-    int32_t id = model.byte_id[static_cast<unsigned char>(c)];
+  for (const unsigned char c : piece) {
+    int32_t id = model.byte_id[c];
     const bool unknown = id < 0;
     if (unknown) id = fusing && model.fuse_unknown ? -1 : model.unknown;
     fusing = unknown;
-    if (id >= 0) symbols.push_back({id, uint32_t(symbols.size() + 1), uint32_t(symbols.size() - 1), kNever});
+    if (id >= 0)
+      symbols.push_back({id, uint32_t(symbols.size() + 1), uint32_t(symbols.size() - 1), kNever});
   }
   if (symbols.empty()) return;
   symbols.back().next = kNever;
@@ -463,13 +430,16 @@ void Encoder::State::bpe(std::string_view piece) {
 void Encoder::State::merge() {
   const auto rank_pair = [&](uint32_t i) {
     Symbol& s = symbols[i];
-    s.rank = s.next == kNever ? kNever : model.merges.rank(s.id, symbols[s.next].id);
-    if (s.rank != kNever) heap.push_back(uint64_t(s.rank) << 32 | i);
-    return s.rank != kNever;
+    s.rank = kNever;
+    if (s.next == kNever) return;
+    const auto it = model.merges.find(pair_key(s.id, symbols[s.next].id));
+    if (it == model.merges.end()) return;
+    s.rank = it->second;
+    heap.push_back(uint64_t(s.rank) << 32 | i);
+    std::push_heap(heap.begin(), heap.end(), std::greater<>());
   };
   heap.clear();
   for (uint32_t i = 0; i < symbols.size(); ++i) rank_pair(i);
-  std::make_heap(heap.begin(), heap.end(), std::greater<>());
   while (!heap.empty()) {
     std::pop_heap(heap.begin(), heap.end(), std::greater<>());
     const uint32_t rank = uint32_t(heap.back() >> 32), i = uint32_t(heap.back());
@@ -481,8 +451,8 @@ void Encoder::State::merge() {
     s.next = right.next;
     right.rank = kNever;
     if (s.next != kNever) symbols[s.next].previous = i;
-    if (rank_pair(i)) std::push_heap(heap.begin(), heap.end(), std::greater<>());
-    if (s.previous != kNever && rank_pair(s.previous)) std::push_heap(heap.begin(), heap.end(), std::greater<>());
+    rank_pair(i);
+    if (s.previous != kNever) rank_pair(s.previous);
   }
 }
 

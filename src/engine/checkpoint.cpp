@@ -7,15 +7,12 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
 #include <filesystem>
-#include <functional>
 #include <future>
-#include <limits>
+#include <map>
 #include <set>
 
-#include "core/file.h"
 #include "core/safetensors.h"
 #include "data/tokenizer.h"
 
@@ -64,9 +61,9 @@ void add_pieces(std::vector<Part>& parts, const std::string& prefix,
     parts.push_back({prefix + p.name, p.shape, flat.row_range(p.begin, p.begin + p.shape.numel())});
 }
 
-// All that a checkpoint holds. `keep` gives the tensor to hold on to: the one it got, or a copy.
-Parts collect(const ParamSet& params, Optimizer& optimizer,
-              const std::function<Tensor(const Tensor&)>& keep) {
+// All that a checkpoint holds: the tensors themselves, or copies.
+Parts collect(const ParamSet& params, const Optimizer& optimizer, bool copy) {
+  const auto keep = [&](const Tensor& t) { return copy ? t.clone("checkpoint_copy") : t; };
   Parts parts;
   for (const auto& p : params) {
     const Tensor master = keep(p->master);
@@ -78,8 +75,9 @@ Parts collect(const ParamSet& params, Optimizer& optimizer,
   return parts;
 }
 
-// Fills the parts from a file that must hold them in their shapes, and nothing else that no pattern
-// of `ignored` matches. Everything is checked before anything is read.
+// Fills the parts from a file that must hold them in their shapes, and nothing
+// else that no pattern of `ignored` matches. Everything is checked before
+// anything is read.
 void read_parts(const Safetensors& file, std::vector<Part>& parts,
                 const std::vector<std::string>& ignored) {
   const auto text_of = [](auto dims) { return Value::array({dims.begin(), dims.end()}).json(); };
@@ -92,10 +90,10 @@ void read_parts(const Safetensors& file, std::vector<Part>& parts,
     wanted.insert(part.name);
   }
   for (const auto& [name, entry] : file.entries()) {
-    bool known = wanted.count(name) != 0;
-    for (const std::string& pattern : ignored)
-      known = known || fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
-    if (!known)
+    const auto matches = [&](auto& pattern) {
+      return fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
+    };
+    if (!wanted.count(name) && std::ranges::none_of(ignored, matches))
       fail_input("{}: tensor {} does not belong to this model with these settings", file.path(),
                  printable(name));
   }
@@ -103,18 +101,22 @@ void read_parts(const Safetensors& file, std::vector<Part>& parts,
     if (part.data.device() != Device::meta) file.read(part.name, 0, part.data);
 }
 
-// The first of the forms a parameter can be read from whose tensors are all there.
+// The first of the forms a parameter can be read from whose tensors are all
+// there.
 const std::vector<Piece>& source_form(const Param& p, const Safetensors& file) {
-  const auto first_missing = [&](const std::vector<Piece>& form) {
-    return std::ranges::find_if(form, [&](auto& piece) { return !file.has(piece.name); });
+  std::string missing;
+  const auto is_there = [&](const std::vector<Piece>& form) {
+    for (const Piece& piece : form) {
+      if (file.has(piece.name)) continue;
+      missing += missing.empty() ? piece.name : " (or, in another form, " + piece.name + ")";
+      return false;
+    }
+    return true;
   };
-  if (first_missing(p.pieces) == p.pieces.end()) return p.pieces;
-  std::string wanted = first_missing(p.pieces)->name;
-  for (const auto& form : p.also_read) {
-    if (first_missing(form) == form.end()) return form;
-    wanted += " (or, in another form, " + first_missing(form)->name + ")";
-  }
-  fail_input("{}: no tensor {}", file.path(), wanted);
+  if (is_there(p.pieces)) return p.pieces;
+  for (const auto& form : p.also_read)
+    if (is_there(form)) return form;
+  fail_input("{}: no tensor {}", file.path(), missing);
 }
 
 using TextFile = std::pair<std::string, std::string>;  // name in the checkpoint, contents
@@ -137,10 +139,15 @@ void add_tokenizer(const RunConfig& run, std::vector<TextFile>& files) {
   files.emplace_back("tokenizer_config.json", config.json(2) + "\n");
 }
 
-// The files that are the same in every checkpoint of a run; config.json is the first.
-std::vector<TextFile> fixed_files(const RunConfig& run, const Model& model) {
+Value exported_config(const Model& model) {
   Value config = model.hf_config();
   config["dtype"] = config["torch_dtype"] = "bfloat16";
+  return config;
+}
+
+// The files that are the same in every checkpoint of a run.
+std::vector<TextFile> fixed_files(const RunConfig& run, const Model& model) {
+  const Value config = exported_config(model);
   Value generation = Value::object({{"_from_model_config", true}});
   for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
     if (const Value* id = config.find(key); id && !id->is_null()) generation[key] = *id;
@@ -151,8 +158,8 @@ std::vector<TextFile> fixed_files(const RunConfig& run, const Model& model) {
   return files;
 }
 
-// What decides how sums are ordered: the instructions this program is built for, and those that
-// libraries choose from at run time.
+// What decides how sums are ordered: the instructions this program is built
+// for, and those that libraries choose from at run time.
 std::string instruction_set() {
 #ifdef __AVX512F__
   const char* built = "avx512f";
@@ -163,7 +170,8 @@ std::string instruction_set() {
   return fmt::format("{} on {}", built, brain ? "avx512bf16" : wide ? "avx512f" : "avx2");
 }
 
-// trainer/state.json. The order of the data follows from seed and position (in sequences) alone.
+// trainer/state.json. The order of the data follows from seed and position (in
+// sequences) alone.
 Value state_of(const RunConfig& run, int64_t step) {
   return Value::object({{"format", kFormat},
                         {"version", kVersion},
@@ -190,19 +198,18 @@ void write_parts(const std::string& directory, const char* stem, const std::vect
   file.close();
 }
 
-// A directory is only called step-N when it is complete; this tells it from what others put there.
+// A directory is only called step-N when it is complete; this tells it from
+// what others put there.
 bool is_complete(const std::string& directory) { return exists(directory + "/trainer/state.json"); }
 
-// Complete checkpoints as (length of the name, name), which sorts by number.
-using StepName = std::pair<size_t, std::string>;
-std::vector<StepName> complete_steps(const std::string& out) {
-  std::vector<StepName> steps;
+// The names of complete checkpoints by step.
+std::map<int64_t, std::string> complete_steps(const std::string& out) {
+  std::map<int64_t, std::string> steps;
   for (const std::string& name : names_in(out)) {
-    const bool numbered = name.size() >= 13 && name.starts_with("step-") &&
+    const bool numbered = name.size() >= 13 && name.size() < 24 && name.starts_with("step-") &&
                           name.find_first_not_of("0123456789", 5) == name.npos;
-    if (numbered && is_complete(out + "/" + name)) steps.emplace_back(name.size(), name);
+    if (numbered && is_complete(out + "/" + name)) steps[std::stoll(name.substr(5))] = name;
   }
-  std::sort(steps.begin(), steps.end());
   return steps;
 }
 
@@ -234,35 +241,35 @@ struct Checkpoints::Writer {
       fail_input("the checkpoint of step {} was not written: {}", step, e.what());
     }
     remove_tree(directory);
-    prune({name.size(), name});
+    prune(step);
   }
 
-  // A checkpoint of the same number, which a crash or an earlier run left, changes places with the
-  // new one, so that there is one of that name at any moment; it is moved aside where the file
-  // system cannot do that.
+  // A checkpoint of the same number, which a crash or an earlier run left,
+  // changes places with the new one, so that there is one of that name at any
+  // moment; where the file system cannot do that it is removed first.
   void install(const std::string& directory, const std::string& name) const {
-    const std::string place = path(name), link = path("latest"), aside = directory + "-old";
+    const std::string place = path(name), link = path("latest"), fresh = link + ".tmp";
     const char *from = directory.c_str(), *to = place.c_str();
     if (::rename(from, to) != 0 &&
         ::renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_EXCHANGE) != 0) {
-      require_ok(::rename(to, aside.c_str()), place);
+      remove_tree(place);
       require_ok(::rename(from, to), place);
-      remove_tree(aside);
     }
     fsync_directory(out);
-    ::unlink((link + ".tmp").c_str());
-    require_ok(::symlink(name.c_str(), (link + ".tmp").c_str()), link);
-    require_ok(::rename((link + ".tmp").c_str(), link.c_str()), link);
+    ::unlink(fresh.c_str());
+    require_ok(::symlink(name.c_str(), fresh.c_str()), link);
+    require_ok(::rename(fresh.c_str(), link.c_str()), link);
     fsync_directory(out);
   }
 
   // Only what is older than `newest`, which `latest` points to.
-  void prune(const StepName& newest) const {
+  void prune(int64_t newest) const {
     auto steps = complete_steps(out);
-    std::erase_if(steps, [&](const StepName& s) { return s > newest; });
-    steps.resize(size_t(std::max<int64_t>(0, int64_t(steps.size()) - keep_last)));
-    for (const auto& [size, name] : steps) {
-      // What is half removed must not look complete, so it loses its name first.
+    steps.erase(steps.upper_bound(newest), steps.end());
+    for (; int64_t(steps.size()) > keep_last; steps.erase(steps.begin())) {
+      const std::string& name = steps.begin()->second;
+      // What is half removed must not look complete, so it loses its name
+      // first.
       if (::rename(path(name).c_str(), temporary(name).c_str()) != 0)
         warn_once(fmt::format("{} cannot be removed: {}", path(name), std::strerror(errno)));
       remove_tree(temporary(name));
@@ -298,11 +305,14 @@ Checkpoints::Checkpoints(const RunConfig& run, Model& model, Optimizer& optimize
     if (p->trained() || p->exported || !p->name.ends_with("e_score_correction_bias")) continue;
     if (run.balance.bias_export == "refuse")
       fail_input(
-          "balance.bias_update_rate = {}: Hugging Face has no tensor for the router bias in this "
+          "balance.bias_update_rate = {}: Hugging Face has no tensor for the "
+          "router bias in this "
           "architecture ({}), exported models would route without it; set "
           "balance.bias_export=\"drop\" to accept that",
           run.balance.bias_update_rate, p->name);
-    warn_once("the router bias is kept in trainer/ only: exported models route without it");
+    warn_once(
+        "the router bias is kept in trainer/ only: exported models route "
+        "without it");
   }
   for (const std::string& name : names_in(run.out))
     if (fnmatch(".step-*.tmp-*", name.c_str(), 0) == 0 || name == "latest.tmp")
@@ -318,16 +328,14 @@ void Checkpoints::finish() {
 void Checkpoints::save(int64_t step) {
   finish();
   const bool background = run_.checkpoint.background;
-  const std::string state = state_of(run_, step).json(2) + "\n";
-  Parts parts = collect(model_.params, optimizer_, [&](const Tensor& t) {
-    return background ? t.clone("checkpoint_copy") : t;
-  });
-  if (!background) return writer_->write(step, parts, state);
-  writer_->pending = std::async(
-      std::launch::async, [w = writer_.get(), step, state, parts = std::move(parts)]() mutable {
-        const Parts own = std::move(parts);  // freed here, not when somebody asks for the result
-        w->write(step, own, state);
-      });
+  // The parts are freed when they are written, not when somebody asks for the
+  // result.
+  auto write = [w = writer_.get(), step, state = state_of(run_, step).json(2) + "\n",
+                parts = collect(model_.params, optimizer_, background)]() mutable {
+    w->write(step, std::exchange(parts, {}), state);
+  };
+  if (!background) return write();
+  writer_->pending = std::async(std::launch::async, std::move(write));
 }
 
 std::string Checkpoints::latest(const std::string& out) {
@@ -335,7 +343,7 @@ std::string Checkpoints::latest(const std::string& out) {
   const fs::path target = fs::path(out) / fs::read_symlink(out + "/latest", error);
   if (!error && is_complete(target)) return target;
   const auto steps = complete_steps(out);
-  return steps.empty() ? "" : out + "/" + steps.back().second;
+  return steps.empty() ? "" : out + "/" + steps.rbegin()->second;
 }
 
 int64_t Checkpoints::load(const std::string& directory) {
@@ -348,15 +356,14 @@ int64_t Checkpoints::load(const std::string& directory) {
     if (key == "format" || key == "optimizer") fail_input("{}", text);
     warn_once(text + ": the continuation will not be bit-identical");
   }
-  const Value config = read_model_config(directory);
-  const Value own = parse_json(writer_->files.front().second, "config.json");
+  const Value config = read_model_config(directory), own = exported_config(model_);
   for (const auto& [key, value] : own.members()) {
     const Value* there = config.find(key);
     if (there && there->json() != value.json() && key != "transformers_version")
       fail_input("{}: another model: {} was {}, now it is {}", config.where(), key, there->json(),
                  value.json());
   }
-  Parts parts = collect(model_.params, optimizer_, [](const Tensor& t) { return t; });
+  Parts parts = collect(model_.params, optimizer_, false);
   read_parts(Safetensors(directory + "/trainer", "trainer"), parts.trainer, {});
   model_.params.sync_values();
   return state.at("step").as_int();
@@ -364,34 +371,28 @@ int64_t Checkpoints::load(const std::string& directory) {
 
 namespace {
 
-// |a - b| / |a| (|a - b| if a is zero); 0 only if bit-equal, infinity if they cannot be compared.
-// A bf16 `a` is an exported weight and compared with the rounding of `b`.
-double relative_l2(const Safetensors& a, const std::string& name_a, const Safetensors& b,
-                   const std::string& name_b) {
-  if (!a.has(name_a) || !b.has(name_b)) return HUGE_VAL;
-  const SafetensorsEntry &ea = a.entry(name_a), &eb = b.entry(name_b);
-  if (ea.shape != eb.shape) return HUGE_VAL;
-  const std::span<const std::byte> bytes = a.bytes(name_a);
-  if (ea.dtype == eb.dtype && std::memcmp(bytes.data(), b.bytes(name_b).data(), bytes.size()) == 0)
-    return 0;
-  bool equal = true;
+// |a - b| / |a| (|a - b| if a is zero); 0 only if bit-equal, infinity if they
+// cannot be compared.
+double relative_l2(const Safetensors& a, const Safetensors& b, const std::string& name) {
+  if (!a.has(name) || !b.has(name) || a.entry(name).shape != b.entry(name).shape) return HUGE_VAL;
+  if (std::ranges::equal(a.bytes(name), b.bytes(name))) return 0;
+  const auto x = a.load(name).to_vector<double>(), y = b.load(name).to_vector<double>();
   double difference = 0, norm = 0;
-  for (int64_t begin = 0; begin < ea.numel(); begin += kChunk) {
-    const Shape chunk{std::min(kChunk, ea.numel() - begin)};
-    Tensor x(chunk, ea.dtype, Device::cpu, "compare"), y(chunk, eb.dtype, Device::cpu, "compare");
-    a.read(name_a, begin, x);
-    b.read(name_b, begin, y);
-    if (ea.dtype == DType::bf16) y = y.to(DType::bf16, "compare");
-    equal &= x.dtype() == y.dtype() && std::memcmp(x.raw(), y.raw(), x.nbytes()) == 0;
-    const std::vector<double> xs = x.to_vector<double>(), ys = y.to_vector<double>();
-    for (size_t i = 0; i < xs.size(); ++i) {
-      difference += (xs[i] - ys[i]) * (xs[i] - ys[i]);
-      norm += xs[i] * xs[i];
-    }
+  for (size_t i = 0; i < x.size(); ++i) {
+    difference += (x[i] - y[i]) * (x[i] - y[i]);
+    norm += x[i] * x[i];
   }
-  if (equal) return 0;
-  const double relative = std::sqrt(norm > 0 ? difference / norm : difference);
+  const double relative = std::sqrt(difference / (norm > 0 ? norm : 1));
   return std::isnan(relative) ? HUGE_VAL : std::max(relative, std::numeric_limits<double>::min());
+}
+
+// Whether `name` is a bf16 weight and the rounding of its master.
+bool is_rounding(const Safetensors& model, const std::string& name, const Safetensors& trainer) {
+  const std::string master = (trainer.has("master." + name) ? "master." : "state.") + name;
+  if (!trainer.has(master)) return false;
+  const Tensor x = model.load(name), y = trainer.load(master).to(DType::bf16, "compare");
+  return x.dtype() == DType::bf16 && x.shape() == y.shape() &&
+         std::memcmp(x.raw(), y.raw(), x.nbytes()) == 0;
 }
 
 }  // namespace
@@ -403,16 +404,12 @@ bool compare_checkpoints(const std::string& a, const std::string& b, double tole
   for (const auto& [directory, trainer] : {std::pair(a, &left), std::pair(b, &right)}) {
     for (const auto& [name, entry] : trainer->entries()) names.insert(name);
     const Safetensors model(directory);
-    for (const auto& [name, entry] : model.entries()) {
-      const std::string source = (trainer->has("master." + name) ? "master." : "state.") + name;
-      if (entry.dtype != DType::bf16 || relative_l2(model, name, *trainer, source) != 0)
-        worst.emplace_back(
-            HUGE_VAL, fmt::format("{}: {} is not the rounding of {}", directory, name, source));
-    }
+    for (const auto& [name, entry] : model.entries())
+      if (!is_rounding(model, name, *trainer))
+        worst.emplace_back(HUGE_VAL, directory + ": not the rounding of its master: " + name);
   }
-  for (const std::string& name : names)
-    worst.emplace_back(relative_l2(left, name, right, name), name);
-  std::sort(worst.begin(), worst.end(), std::greater<>());
+  for (const std::string& name : names) worst.emplace_back(relative_l2(left, right, name), name);
+  std::sort(worst.rbegin(), worst.rend());
   const double largest = worst.empty() ? 0 : worst.front().first;
   fmt::print("{} tensors, largest relative L2 {:.3e}\n", names.size(), largest);
   for (size_t i = 0; i < std::min<size_t>(worst.size(), 10) && worst[i].first > 0; ++i)

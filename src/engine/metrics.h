@@ -3,17 +3,18 @@
 // in the same words.
 
 #include <chrono>
-#include <cstdint>
-#include <memory>
 #include <optional>
-#include <string>
 #include <vector>
 
-#include "core/file.h"
+#include "core/tensor.h"
+#include "engine/tfevents.h"
 
 namespace pith {
 
-class EventFile;
+// The peak of this machine in FLOP/s for fp64, fp32 or bf16: every OpenMP thread multiplies matrices
+// of its own through cpu::gemm at the same time, and the best rates of the threads are added, which
+// no barrier and little other load can spoil. About 0.1 s; not counted in core/memory.h.
+double measure_peak_flops(DType dtype);
 
 struct LayerLoad {
   int layer = 0;   // decoder layer
@@ -48,7 +49,6 @@ class Metrics {
   // ones are dropped, atomically. TensorBoard events go to a new file in OUT/tensorboard/. OUT must
   // exist.
   Metrics(const std::string& out, int64_t done_steps, int64_t total_steps);
-  ~Metrics();
 
   // Prints the line and appends to both files; a line of metrics.jsonl is one write.
   void log(const StepMetrics& m);
@@ -56,10 +56,9 @@ class Metrics {
  private:
   int64_t total_steps_;
   OutputFile json_;
-  std::unique_ptr<EventFile> events_;
-  std::chrono::steady_clock::time_point last_;
-  int64_t logged_ = 0;
-  double seconds_per_step_ = 0;  // smoothed, evaluation and checkpoints included
+  EventFile events_;
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  int64_t logged_ = 0;  // since then
 };
 
 }  // namespace pith

@@ -14,9 +14,8 @@ Tensor elements(const Tensor& t, int64_t begin, int64_t end) {
 
 // Muon needs matrices; a piece of rank 3 is a batch of them.
 bool muon_fits(const Param& p) {
-  return p.role == Role::matrix && std::all_of(p.pieces.begin(), p.pieces.end(), [](auto& piece) {
-           return piece.shape.rank() == 2 || piece.shape.rank() == 3;
-         });
+  const auto matrices = [](const Piece& s) { return s.shape.rank() == 2 || s.shape.rank() == 3; };
+  return p.role == Role::matrix && std::ranges::all_of(p.pieces, matrices);
 }
 
 // Consecutive pieces of one shape, such as gate and up of every expert, are one batch of matrices.
@@ -39,16 +38,22 @@ Optimizer::Optimizer(ParamSet& params, const RunConfig& run, Context& context)
     : params_(params), rule_(run.optimizer), context_(context) {
   for (const auto& p : params_) {
     if (!p->trained()) continue;
-    const auto moment = [&](const char* kind, const char* name) {
-      Tensor t = Tensor::zeros(p->shape, p->master.dtype(), p->master.device(), name);
-      states_.push_back({kind, p.get(), t});
-      return t;
+    const bool muon = rule_.name == "muon" && muon_fits(*p);
+    const auto moment = [&](const char* name) {
+      return Tensor::zeros(p->shape, p->master.dtype(), p->master.device(), name);
     };
-    Slot slot{p.get(), rule_.name == "muon" && muon_fits(*p), {}, {}};
-    slot.first = slot.muon ? moment("momentum", "muon_momentum") : moment("m", "adam_m");
-    if (!slot.muon) slot.second = moment("v", "adam_v");
-    slots_.push_back(slot);
+    slots_.push_back({p.get(), muon, moment(muon ? "muon_momentum" : "adam_m"),
+                      muon ? Tensor() : moment("adam_v")});
   }
+}
+
+std::vector<Optimizer::State> Optimizer::states() const {
+  std::vector<State> all;
+  for (const Slot& s : slots_) {
+    all.push_back({s.muon ? "momentum" : "m", s.param, s.first});
+    if (!s.muon) all.push_back({"v", s.param, s.second});
+  }
+  return all;
 }
 
 Optimizer::Norm Optimizer::grad_norm(double labels) {
@@ -64,10 +69,11 @@ Optimizer::Norm Optimizer::grad_norm(double labels) {
     if (std::isfinite(squares) || !norm.finite) continue;
     norm.finite = false;
     norm.first_bad = p.name;
-    const auto bad = std::find_if(p.pieces.begin(), p.pieces.end(), [&](const Piece& piece) {
+    const auto is_bad = [&](const Piece& piece) {
       const int64_t end = piece.begin + piece.shape.numel();
       return !std::isfinite(sum_of_squares(tape, elements(p.grad, piece.begin, end)));
-    });
+    };
+    const auto bad = std::ranges::find_if(p.pieces, is_bad);
     if (bad != p.pieces.end() && bad->name != p.name) norm.first_bad += " (" + bad->name + ")";
   }
   norm.value = std::sqrt(sum) / labels;
@@ -76,9 +82,8 @@ Optimizer::Norm Optimizer::grad_norm(double labels) {
 
 void Optimizer::update(double lr, int64_t step, const Norm& norm, double labels) {
   if (!norm.finite) return;
-  const bool clips = rule_.clip_norm > 0;
-  const double clip = clips ? std::min(1.0, rule_.clip_norm / (norm.value + 1e-6)) : 1.0;
-  const double scale = clip / labels;
+  const double most = rule_.clip_norm > 0 ? rule_.clip_norm / (norm.value + 1e-6) : 1.0;
+  const double scale = std::min(1.0, most) / labels;
   Tape tape(context_, false);
   for (Slot& slot : slots_) {
     Param& p = *slot.param;

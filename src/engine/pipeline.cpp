@@ -6,34 +6,16 @@
 
 namespace pith {
 
+namespace {
+
+// Rows [begin, end) of a batch, sharing its memory.
 Batch batch_rows(const Batch& b, int64_t begin, int64_t end) {
   const auto rows = [&](const Tensor& t) {
     return t ? t.row_range(begin * b.sequence, end * b.sequence) : Tensor();
   };
-  Batch out = b;
-  out.tokens = rows(b.tokens);
-  out.labels = rows(b.labels);
-  out.positions = rows(b.positions);
-  out.document_start = rows(b.document_start);
-  out.batch = end - begin;
-  return out;
+  return {rows(b.tokens),         rows(b.labels), rows(b.positions),
+          rows(b.document_start), end - begin,    b.sequence};
 }
-
-MicroBatch make_micro_batch(const Batch& rows, double step_labels, double step_tokens, double micro_batches) {
-  MicroBatch mb;
-  mb.tokens = rows.tokens;
-  mb.labels = rows.labels;
-  mb.positions = rows.positions;
-  mb.document_start = rows.document_start;
-  mb.batch = rows.batch;
-  mb.sequence = rows.sequence;
-  mb.step_labels = step_labels;
-  mb.step_tokens = step_tokens;
-  mb.step_micro_batches = micro_batches;
-  return mb;
-}
-
-namespace {
 
 // With one expert rank every row is already where its experts are.
 Received stage2_dispatch(const Stage1& s) { return {s.rows, s.ids, s.weights}; }
@@ -56,30 +38,33 @@ Carry take_grad(Tape& t, const Carry& c) {
   return g;
 }
 
-double scalar(const Tensor& t) { return t.device() == Device::meta ? 0.0 : t.to_vector<double>()[0]; }
-
 }  // namespace
 
+MicroBatch make_micro_batch(const Batch& rows, double step_labels, double step_tokens,
+                            double micro_batches) {
+  return {rows, step_labels, step_tokens, micro_batches};
+}
+
 struct Pipeline::LayerRecord {
-  LayerRecord(Context& c, bool record, WgradQueue* q) : stage1(c, record, q), stage3(c, record, q) {}
   Tape stage1, stage3;
   Carry in;
-  Stage1 s1;
-  Received received;
-  Tensor sums;  // stage 3's result
+  Stage1 s1 = {};
+  Received received = {};
+  Tensor sums = {};  // stage 3's result
 };
 
 struct Pipeline::Record {
-  Record(Context& c, bool record, WgradQueue* q) : embed(c, record, q), head(c, record, q) {}
-  MicroBatch mb;
   Tape embed, head;
-  Carry embedded, last;
-  std::deque<LayerRecord> layers;
-  Tensor loss;
+  MicroBatch mb;
+  Carry embedded = {}, last = {};
+  std::deque<LayerRecord> layers = {};
+  Tensor loss = {};
 };
 
 Pipeline::Pipeline(Model& model, Context& context, const TrainConfig& train)
-    : model_(model), context_(context), micro_batch_size_(train.micro_batch_size),
+    : model_(model),
+      context_(context),
+      micro_batch_size_(train.micro_batch_size),
       wgrad_micro_batches_(train.wgrad_micro_batches) {}
 
 void Pipeline::forward_layer(Record& r, int64_t layer) {
@@ -98,19 +83,18 @@ void Pipeline::forward_layer(Record& r, int64_t layer) {
 }
 
 void Pipeline::forward(Record& r) {
-  const bool record = r.embed.recording();
+  const auto tape = [&] { return Tape(context_, r.embed.recording(), r.embed.queue); };
   r.embedded = r.last = model_.embed(r.embed, r.mb);
   for (int64_t layer = 0; layer < model_.size.layers; ++layer) {
-    if (!record) r.layers.clear();
-    r.layers.emplace_back(context_, record, r.embed.queue).in = r.last;
+    if (!r.embed.recording()) r.layers.clear();
+    r.layers.push_back({tape(), tape(), r.last});
     forward_layer(r, layer);
   }
   leaf(r.head, r.last);
 }
 
 Tensor Pipeline::logits(MicroBatch mb) {
-  Record r(context_, false, nullptr);
-  r.mb = std::move(mb);
+  Record r{Tape(context_, false), Tape(context_, false), std::move(mb)};
   forward(r);
   return model_.logits(r.head, r.last);
 }
@@ -120,8 +104,7 @@ Carry Pipeline::backward_layer(Record& r, int64_t layer, Carry d_out) {
   l.stage1.set_grad(l.s1.residual, d_out.hidden);
   for (size_t i = 0; i < l.in.extra.size(); ++i) l.stage1.set_grad(l.in.extra[i], d_out.extra[i]);
   if (l.s1.rows) {
-    l.stage3.set_grad(l.sums, d_out.delta);
-    l.sums = Tensor();
+    l.stage3.set_grad(std::exchange(l.sums, {}), d_out.delta);
     d_out = {};
     l.stage3.backward();
     l.stage1.set_grad(l.s1.rows, l.stage3.take_grad(l.received.rows));
@@ -137,9 +120,7 @@ Carry Pipeline::backward_layer(Record& r, int64_t layer, Carry d_out) {
 }
 
 void Pipeline::backward(Record& r) {
-  Tensor one(Shape{1}, r.loss.dtype(), context_.device, "loss");
-  if (context_.device == Device::cpu) one.copy_from(Tensor::of<double>({1}, std::vector<double>{1.0}));
-  r.head.set_grad(r.loss, one);
+  r.head.set_grad(r.loss, wide_scalar(context_, 1));
   r.head.backward();
   Carry d = take_grad(r.head, r.last);
   r.last = {};
@@ -159,24 +140,25 @@ void Pipeline::flush() {
 }
 
 StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<Tensor>& replay) {
-  StepSums sums;
-  sums.labels = double(batch.label_count);
-  const int64_t micro_batches = batch.batch / micro_batch_size_, rows = micro_batch_size_ * batch.sequence;
+  StepSums sums{.labels = double(batch.label_count)};
+  const int64_t size = micro_batch_size_, micro_batches = batch.batch / size,
+                tokens = size * batch.sequence;
   model_.params.begin_step();
-  queues_.clear();
-  queues_.resize(size_t(wgrad_micro_batches_));
+  queues_.assign(size_t(wgrad_micro_batches_), {});
   if (trace) sums.trace.resize(size_t(micro_batches));
   for (int64_t m = 0; m < micro_batches; ++m) {
     const int64_t slot = m % wgrad_micro_batches_;
-    Record r(context_, true, &queues_[size_t(slot)]);
-    r.mb = make_micro_batch(batch_rows(batch, m * micro_batch_size_, (m + 1) * micro_batch_size_), sums.labels,
-                            double(batch.batch * batch.sequence), double(micro_batches));
+    const auto tape = [&] { return Tape(context_, true, &queues_[size_t(slot)]); };
+    Record r{tape(), tape(),
+             make_micro_batch(batch_rows(batch, m * size, (m + 1) * size), sums.labels,
+                              double(batch.batch * batch.sequence), double(micro_batches))};
     r.mb.statistics = &sums.statistics;
     if (trace) r.mb.trace = &sums.trace[size_t(m)];
-    for (const Tensor& ids : replay) r.mb.replay.push_back(ids.row_range(m * rows, (m + 1) * rows));
+    for (const Tensor& ids : replay)
+      r.mb.replay.push_back(ids.row_range(m * tokens, (m + 1) * tokens));
     forward(r);
     r.loss = model_.head_loss(r.head, r.last, r.mb, nullptr);
-    sums.loss += scalar(r.loss);
+    sums.loss += value_of(r.loss);
     backward(r);
     if (slot == wgrad_micro_batches_ - 1 || m == micro_batches - 1) flush();
   }
@@ -184,15 +166,13 @@ StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<
 }
 
 StepSums Pipeline::evaluate(const Batch& batch, std::vector<Tensor>* token_losses) {
-  StepSums sums;
-  sums.labels = double(batch.label_count);
+  StepSums sums{.labels = double(batch.label_count)};
   for (int64_t row = 0; row < batch.batch; row += micro_batch_size_) {
-    Record r(context_, false, nullptr);
     const Batch rows = batch_rows(batch, row, std::min(batch.batch, row + micro_batch_size_));
-    r.mb = make_micro_batch(rows, sums.labels, double(batch.batch * batch.sequence), 1);
+    Record r{Tape(context_, false), Tape(context_, false), {rows}};
     forward(r);
     Tensor per_token;
-    sums.loss += scalar(model_.head_loss(r.head, r.last, r.mb, &per_token));
+    sums.loss += value_of(model_.head_loss(r.head, r.last, r.mb, &per_token));
     if (token_losses) token_losses->push_back(per_token);
   }
   return sums;

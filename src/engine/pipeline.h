@@ -1,10 +1,7 @@
 #pragma once
-// One step of the model: all micro-batches, forward and backward, through the five stages of every layer. Backward
-// leaves sum gradients in the parameters.
+// One step of the model: all micro-batches, forward and backward, through the five stages of every
+// layer. Backward leaves sum gradients in the parameters.
 
-#include <vector>
-
-#include "data/loader.h"
 #include "engine/run_config.h"
 #include "models/model.h"
 
@@ -12,9 +9,9 @@ namespace pith {
 
 // What one step added up, over the global batch.
 struct StepSums {
-  double loss = 0;         // sum of cross entropy over the labels
+  double loss = 0;  // sum of cross entropy over the labels
   double labels = 0;
-  Statistics statistics;   // see models/model.h
+  Statistics statistics;                    // see models/model.h
   std::vector<std::vector<Routing>> trace;  // [micro-batch][MoE layer], if it was asked for
 };
 
@@ -22,10 +19,13 @@ class Pipeline {
  public:
   Pipeline(Model& model, Context& context, const TrainConfig& train);
 
-  // Forward and backward of a global batch. `replay` holds ids i32 [T of the global batch, K] per MoE layer, or nothing.
-  StepSums train_step(const Batch& batch, bool trace = false, const std::vector<Tensor>& replay = {});
+  // Forward and backward of a global batch. `replay` holds ids i32 [T of the global batch, K] per
+  // MoE layer, or nothing.
+  StepSums train_step(const Batch& batch, bool trace = false,
+                      const std::vector<Tensor>& replay = {});
 
-  // Forward only: the loss sum and the number of labels. `token_losses` receives wide [T] per micro-batch.
+  // Forward only: the loss sum and the number of labels. `token_losses` receives wide [T] per
+  // micro-batch.
   StepSums evaluate(const Batch& batch, std::vector<Tensor>* token_losses = nullptr);
 
   // Forward only, to logits: wide [T, V]. With caches in `mb`: generation.
@@ -46,9 +46,9 @@ class Pipeline {
   std::vector<WgradQueue> queues_;  // one per micro-batch whose weight gradients are outstanding
 };
 
-// Rows [begin, end) of a batch, sharing its memory.
-Batch batch_rows(const Batch& batch, int64_t begin, int64_t end);
-// What the stages of these rows need to know, as one of `micro_batches` of a step with `step_labels` labels.
-MicroBatch make_micro_batch(const Batch& rows, double step_labels, double step_tokens, double micro_batches);
+// What the stages of these rows need to know, as one of `micro_batches` of a step with
+// `step_labels` labels.
+MicroBatch make_micro_batch(const Batch& rows, double step_labels, double step_tokens,
+                            double micro_batches);
 
 }  // namespace pith

@@ -1,9 +1,6 @@
 #pragma once
 // The memory plan: the real engine run on meta. No second description of any model exists.
 
-#include <string>
-#include <vector>
-
 #include "core/memory.h"
 #include "engine/run_config.h"
 #include "models/model.h"
@@ -11,10 +8,10 @@
 namespace pith {
 
 struct Plan {
-  size_t peak_bytes = 0;             // high-water mark of a step, workspaces included
-  size_t static_bytes = 0;           // weights, masters, gradients, moments, tables
-  std::vector<memory::Line> lines;   // what makes up the peak, largest first
-  double step_flops = 0;             // matrix multiplications and attention, forward and backward
+  size_t peak_bytes = 0;            // high-water mark of a step, workspaces included
+  size_t static_bytes = 0;          // weights, masters, gradients, moments, tables
+  std::vector<memory::Line> lines;  // what makes up the peak, largest first
+  double step_flops = 0;            // matrix multiplications and attention, forward and backward
   int64_t parameters = 0;
   std::string table() const;
 };

@@ -1,10 +1,7 @@
 #include "engine/run_config.h"
 
 #include <algorithm>
-#include <cctype>
-#include <string_view>
-#include <type_traits>
-#include <utility>
+#include <map>
 
 #include "core/error.h"
 #include "core/file.h"
@@ -12,12 +9,6 @@
 
 namespace pith {
 namespace {
-
-#ifdef PITH_CUDA
-constexpr bool kHasCuda = true;
-#else
-constexpr bool kHasCuda = false;
-#endif
 
 // What a single value must be: a number in [low, high], or one of `words`, separated by " | ".
 struct Rule {
@@ -104,19 +95,16 @@ void get(const Value& v, int64_t& out) { out = v.as_int(); }
 void get(const Value& v, double& out) { out = v.as_real(); }
 void get(const Value& v, std::string& out) { out = v.as_string(); }
 
+bool is_pair(const Value& v) { return v.is(Value::Kind::array) && v.items().size() == 2; }
+
 void get(const Value& v, WeightedCorpus& out) {
-  if (v.is(Value::Kind::string)) {
-    out = {v.as_string()};
-    return;
-  }
-  if (!v.is(Value::Kind::array) || v.items().size() != 2) {
-    v.reject("a corpus prefix or [prefix, weight]");
-  }
-  out = {v.items()[0].as_string(), v.items()[1].as_real()};
+  const bool weighted = is_pair(v);
+  if (!weighted && !v.is(Value::Kind::string)) v.reject("a corpus prefix or [prefix, weight]");
+  out = {(weighted ? v.items()[0] : v).as_string(), weighted ? v.items()[1].as_real() : 1.0};
 }
 
 void get(const Value& v, std::array<double, 2>& out) {
-  if (!v.is(Value::Kind::array) || v.items().size() != 2) v.reject("a list of two numbers");
+  if (!is_pair(v)) v.reject("a list of two numbers");
   out = {v.items()[0].as_real(), v.items()[1].as_real()};
 }
 
@@ -136,13 +124,11 @@ template <class T> Value put(const std::vector<T>& list) {
   return v;
 }
 
-std::string section_of(std::string_view key) {
-  const size_t dot = key.find('.');
-  return std::string(key.substr(0, dot == key.npos ? 0 : dot));
+// "train" and "steps" of "train.steps"; "" and "out" of "out".
+std::string section_of(const std::string& key) {
+  return key.substr(0, key.find('.') == key.npos ? 0 : key.find('.'));
 }
-std::string name_in_section(std::string_view key) {
-  return std::string(key.substr(key.find('.') + 1));  // npos + 1 == 0: a key without a section
-}
+std::string name_in_section(const std::string& key) { return key.substr(key.find('.') + 1); }
 
 std::vector<std::string> known_keys() {
   RunConfig defaults;
@@ -151,19 +137,14 @@ std::vector<std::string> known_keys() {
   return keys;
 }
 
-// Levenshtein distance.
-size_t edits(std::string_view a, std::string_view b) {
-  std::vector<size_t> row(b.size() + 1);
-  for (size_t j = 0; j < row.size(); ++j) row[j] = j;
-  for (size_t i = 0; i < a.size(); ++i) {
-    size_t diagonal = std::exchange(row[0], i + 1);
-    for (size_t j = 0; j < b.size(); ++j) {
-      const size_t substituted = diagonal + (a[i] != b[j]);
-      diagonal = row[j + 1];
-      row[j + 1] = std::min({substituted, diagonal + 1, row[j] + 1});
-    }
-  }
-  return row.back();
+// How long a stretch of the longer one is left after what both begin and end with.
+size_t difference(std::string_view a, std::string_view b) {
+  const size_t longest = std::max(a.size(), b.size());
+  const auto front = std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin();
+  a.remove_prefix(size_t(front));
+  b.remove_prefix(size_t(front));
+  const auto back = std::mismatch(a.rbegin(), a.rend(), b.rbegin(), b.rend()).first - a.rbegin();
+  return longest - size_t(front + back);
 }
 
 // "did you mean train.steps?", else what there is at this level.
@@ -173,149 +154,114 @@ std::string suggestion(const std::string& key) {
   size_t least = std::max<size_t>(2, name.size() / 3) + 1;
   for (const std::string& k : known_keys()) {
     const bool here = section_of(k) == section;
-    if (const size_t d = std::min(edits(key, k), edits(name, name_in_section(k)) + !here);
-        d < least) {
-      best = k;
-      least = d;
-    }
-    const std::string item = here ? name_in_section(k) : section.empty() ? section_of(k) : "";
-    if (!item.empty() && !level.ends_with(" " + item)) level += " " + item;
+    const size_t d = std::min(difference(key, k), difference(name, name_in_section(k)) + !here);
+    if (d < least) best = k;
+    least = std::min(d, least);
+    const std::string item = " " + (here ? name_in_section(k) : section_of(k));
+    if ((here || section.empty()) && !level.ends_with(item)) level += item;
   }
-  return best.empty() ? fmt::format("known here:{}", level) : fmt::format("did you mean {}?", best);
+  return best.empty() ? "known here:" + level : "did you mean " + best + "?";
 }
 
-// `v` is what stands under `key`, "" for the whole file.
-void reject_unknown(const Value& v, const std::string& key = "") {
+using Found = std::map<std::string, Value>;  // by dotted key
+
+// Puts the known keys of `v`, which stands under `key` ("" for a whole file), in place of what was found before.
+void collect(const Value& v, const std::string& key, Found& found) {
   const std::vector<std::string> known = known_keys();
   const std::string prefix = key.empty() ? "" : key + ".";
   const auto below = [&](const std::string& k) { return k.starts_with(prefix); };
-  if (std::find(known.begin(), known.end(), key) != known.end()) return;
-  if (std::none_of(known.begin(), known.end(), below)) {
-    fail_input("{}: unknown key; {}", v.where(), suggestion(key));
+  if (std::ranges::count(known, key)) {
+    found[key] = v;
+    return;
   }
+  if (std::ranges::none_of(known, below))
+    fail_input("{}: unknown key; {}", v.where(), suggestion(key));
   if (!v.is(Value::Kind::object)) v.reject(fmt::format("a section, [{}]", key));
-  for (const auto& [name, item] : v.members()) reject_unknown(item, prefix + name);
+  for (const auto& [name, item] : v.members()) collect(item, prefix + name, found);
 }
 
-// "train.steps=20" as a tree of its own, {train: {steps: 20}}.
-Value parse_override(const std::string& text) {
+// "train.steps=20"
+void collect_override(const std::string& text, Found& found) {
   const std::string place = "command line";
   const size_t equals = text.find('=');
-  const std::string key = text.substr(0, equals);
-  const auto of_name = [](char c) {
-    return std::isalnum(uint8_t(c)) || c == '_' || c == '-' || c == '.';
-  };
-  if (equals == text.npos || key.empty() || !std::all_of(key.begin(), key.end(), of_name)) {
+  if (equals == text.npos || equals == 0)
     fail_input("{}: expected section.key=value, got \"{}\"", place, printable(text));
-  }
-  const std::string value = text.substr(equals + 1);
+  const std::string key = text.substr(0, equals), value = text.substr(equals + 1);
+  Value tree;
   try {
-    Value tree = parse_toml(text, place);
-    if (tree.members().size() == 1) return tree;
+    tree = parse_toml(text, place);
   } catch (const InputError&) {
-    if (!value.empty() && std::string_view("\"'[{").find(value[0]) != std::string_view::npos) throw;
+    if (!value.empty() && std::string_view("\"'[{").find(value[0]) != value.npos) throw;
   }
+  if (!tree.is_null() && tree.members().size() == 1) return collect(tree, "", found);
   Value word = value;
-  word.set_where(fmt::format("{}:1: {}", place, key));
-  const std::string section = section_of(key);
-  Value tree = Value::object({{name_in_section(key), std::move(word)}});
-  return section.empty() ? tree : Value::object({{section, std::move(tree)}});
+  word.set_where(fmt::format("{}:1: {}", place, printable(key)));
+  collect(word, key, found);
 }
 
-void merge(Value& into, const Value& from) {
-  for (const auto& [key, v] : from.members()) {
-    Value& target = into[key];
-    if (v.is(Value::Kind::object) && target.is(Value::Kind::object)) {
-      merge(target, v);
-    } else {
-      target = v;
-    }
-  }
-}
-
-void check(const char*, bool, const Rule&) {}
-template <class T>
-requires std::is_arithmetic_v<T>
-void check(const char* key, T value, const Rule& rule) {
-  const bool ok = double(value) >= rule.low && double(value) <= rule.high;  // false for NaN
-  if (!ok) fail_input("{} = {}: expected {}", key, value, rule.expected);
-}
-void check(const char* key, const std::string& value, const Rule& rule) {
-  const auto spaced = [](const std::string& words) { return " | " + words + " | "; };
-  const bool word = value.find(' ') == value.npos;
-  if (!*rule.words || (word && spaced(rule.words).find(spaced(value)) != value.npos)) return;
-  fail_input("{} = \"{}\": expected {}", key, printable(value), rule.words);
-}
-void check(const char* key, const WeightedCorpus& corpus, const Rule&) {
-  if (corpus.prefix.empty()) fail_input("{}: expected a corpus prefix, got \"\"", key);
-  if (corpus.weight > 0 && corpus.weight <= 1e30) return;
-  fail_input("{}: weight {} of {}: expected a positive number", key, corpus.weight,
-             printable(corpus.prefix));
-}
-template <class List>
-requires requires(List list) { list.begin(); }
-void check(const char* key, const List& list, const Rule& rule) {
-  for (const auto& item : list) check(key, item, rule);
-}
-
-// What this build, with its one process on the cpu, does not do yet or at all.
-void check_back_end(const RunConfig& c) {
-  if (c.dtype == "fp64" && c.device == "cuda") {
-    fail_input("dtype = \"fp64\" runs on the cpu only: use device=\"cpu\", or bf16 or fp32");
-  }
-  if (c.device == "cuda" && !kHasCuda) {
-    fail_input("this build has no CUDA back end: use device=\"cpu\"");
-  }
-  if (c.train.main_grad == "bf16") {
-    fail_input("train.main_grad = \"bf16\": the cpu back end has fp32 only");
-  }
-  if (!c.train.recompute.empty()) {
-    fail_input("train.recompute = [\"{}\"]: the cpu back end keeps every activation, use []",
-               c.train.recompute[0]);
-  }
-  const std::pair<const char*, int64_t> mesh[] = {
-      {"pp", c.mesh.pp}, {"cp", c.mesh.cp}, {"ep", c.mesh.ep}};
-  for (const auto& [name, size] : mesh) {
-    if (size == 1) continue;
-    fail_input("mesh.{} = {} needs several processes: this build runs one process, use 1", name,
-               size);
+// Against the rule of its key; a list item by item.
+template <class T> void check(const char* key, const T& value, const Rule& rule) {
+  if constexpr (std::is_arithmetic_v<T>) {
+    const bool ok = double(value) >= rule.low && double(value) <= rule.high;  // false for NaN
+    if (!ok) fail_input("{} = {}: expected {}", key, value, rule.expected);
+  } else if constexpr (std::is_same_v<T, std::string>) {
+    const auto spaced = [](const std::string& words) { return " | " + words + " | "; };
+    const bool word = value.find(' ') == value.npos;
+    if (*rule.words && !(word && spaced(rule.words).find(spaced(value)) != value.npos))
+      fail_input("{} = \"{}\": expected {}", key, printable(value), rule.words);
+  } else if constexpr (std::is_same_v<T, WeightedCorpus>) {
+    if (value.prefix.empty()) fail_input("{}: expected a corpus prefix, got \"\"", key);
+    if (!(value.weight > 0 && value.weight <= 1e30))
+      fail_input("{}: weight {} of {}: expected a positive number", key, value.weight,
+                 printable(value.prefix));
+  } else {
+    for (const auto& item : value) check(key, item, rule);
   }
 }
 
 }  // namespace
 
 void RunConfig::validate() const {
-  if (model.empty()) fail_input("model is not set: name a config.json or a Hugging Face directory");
-  if (out.empty()) fail_input("out is not set: name the directory that the run writes to");
-  if (data.train.empty()) {
-    fail_input("data.train is empty: name at least one corpus, as [[\"corpus/a\", 1.0]]");
-  }
   for_each_key(*this, [](const char* key, const auto& member, const Rule& rule) {
     check(key, member, rule);
   });
-  check_back_end(*this);
-  if (train.global_batch_size % train.micro_batch_size != 0) {
-    fail_input("train.global_batch_size = {} is not a multiple of train.micro_batch_size = {}",
-               train.global_batch_size, train.micro_batch_size);
+  for (const auto& [key, size] :
+       {std::pair("pp", mesh.pp), std::pair("cp", mesh.cp), std::pair("ep", mesh.ep)}) {
+    if (size != 1)
+      fail_input("mesh.{} = {} needs several processes: this build runs one process, use 1", key,
+                 size);
   }
-  if (optimizer.warmup_ratio + optimizer.decay_ratio > 1) {
-    fail_input("optimizer.warmup_ratio = {} and decay_ratio = {} are more than 1 together",
-               optimizer.warmup_ratio, optimizer.decay_ratio);
-  }
-  if (balance.coefficient > 0 && balance.loss == "none") {
-    fail_input("balance.coefficient = {} needs balance.loss, which is \"none\"",
-               balance.coefficient);
-  }
-  if (eval.every > 0 && data.validation.empty()) {
-    fail_input("eval.every = {} needs data.validation, which is empty", eval.every);
-  }
-  if (train.force_balance && !trace.replay.empty()) {
-    fail_input("train.force_balance and trace.replay both decide the routing: use one of them");
-  }
-  if (!trace.routing.empty() && trace.routing == trace.replay) {
-    fail_input("trace.routing = \"{}\" would overwrite the trace that trace.replay reads",
-               trace.routing);
-  }
+  const std::pair<bool, std::string> refusals[] = {
+      {model.empty(), "model is not set: name a config.json or a Hugging Face directory"},
+      {out.empty(), "out is not set: name the directory that the run writes to"},
+      {data.train.empty(),
+       "data.train is empty: name at least one corpus, as [[\"corpus/a\", 1.0]]"},
+      {dtype == "fp64" && device == "cuda",
+       "dtype = \"fp64\" runs on the cpu only: use device=\"cpu\", or bf16 or fp32"},
+      {device == "cuda", "this build has no CUDA back end: use device=\"cpu\""},
+      {train.main_grad == "bf16", "train.main_grad = \"bf16\": the cpu back end has fp32 only"},
+      {!train.recompute.empty(),
+       fmt::format("train.recompute = {}: the cpu back end keeps every activation, use []",
+                   put(train.recompute).json())},
+      {train.global_batch_size % train.micro_batch_size != 0,
+       fmt::format("train.global_batch_size = {} is not a multiple of train.micro_batch_size = {}",
+                   train.global_batch_size, train.micro_batch_size)},
+      {optimizer.warmup_ratio + optimizer.decay_ratio > 1,
+       fmt::format("optimizer.warmup_ratio = {} and decay_ratio = {} are more than 1 together",
+                   optimizer.warmup_ratio, optimizer.decay_ratio)},
+      {balance.coefficient > 0 && balance.loss == "none",
+       fmt::format("balance.coefficient = {} needs balance.loss, which is \"none\"",
+                   balance.coefficient)},
+      {eval.every > 0 && data.validation.empty(),
+       fmt::format("eval.every = {} needs data.validation, which is empty", eval.every)},
+      {train.force_balance && !trace.replay.empty(),
+       "train.force_balance and trace.replay both decide the routing: use one of them"},
+      {!trace.routing.empty() && trace.routing == trace.replay,
+       fmt::format("trace.routing = \"{}\" would overwrite the trace that trace.replay reads",
+                   trace.routing)},
+  };
+  for (const auto& [refused, why] : refusals)
+    if (refused) fail_input("{}", why);
 }
 
 std::string RunConfig::to_toml() const {
@@ -332,19 +278,12 @@ std::string RunConfig::to_toml() const {
 }
 
 RunConfig load_run_config(const std::string& path, const std::vector<std::string>& overrides) {
-  Value tree = parse_toml(read_file(path), path);
-  reject_unknown(tree);
-  for (const std::string& text : overrides) {
-    const Value extra = parse_override(text);
-    reject_unknown(extra);
-    merge(tree, extra);
-  }
+  Found found;
+  collect(parse_toml(read_file(path), path), "", found);
+  for (const std::string& text : overrides) collect_override(text, found);
   RunConfig config;
-  for_each_key(config, [&](const std::string& key, auto& member, const Rule&) {
-    const Value* at = &tree;
-    if (const std::string section = section_of(key); !section.empty()) at = at->find(section);
-    if (at) at = at->find(name_in_section(key));
-    if (at) get(*at, member);
+  for_each_key(config, [&](const char* key, auto& member, const Rule&) {
+    if (found.count(key)) get(found[key], member);
   });
   try {
     config.validate();

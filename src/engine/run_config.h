@@ -3,7 +3,6 @@
 // Paths are relative to the working directory.
 
 #include <array>
-#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -58,37 +57,6 @@ struct BalanceConfig {
   std::string bias_export = "refuse";  // where Hugging Face has no tensor for it: refuse | drop
 };
 
-struct EvalConfig {
-  int64_t every = 0;  // updates; 0 = never
-  int64_t batches = 8;
-};
-
-struct CheckpointConfig {
-  int64_t every = 0;  // updates; 0 = only at the end
-  int64_t keep_last = 3;
-  bool background = false;
-};
-
-struct MeshConfig {
-  int64_t pp = 1, cp = 1, ep = 1;
-  std::string shard = "full";  // full | replicate_over_dp
-  double timeout_seconds = 900;
-};
-
-struct ProfileConfig {
-  std::vector<int64_t> steps;  // updates of which a timeline is written
-};
-
-struct TraceConfig {
-  std::string routing;  // directory that the routing trace is written to; empty = none
-  std::string replay;   // directory of a trace whose expert ids replace the router's; empty = none
-};
-
-struct DebugConfig {
-  bool sync = false;
-  bool check_finite = false;
-};
-
 struct RunConfig {
   std::string model;      // required: a config.json or a Hugging Face directory
   std::string tokenizer;  // tokenizer.json or a directory, copied into checkpoints; empty = none
@@ -101,12 +69,31 @@ struct RunConfig {
   TrainConfig train;
   OptimizerConfig optimizer;
   BalanceConfig balance;
-  EvalConfig eval;
-  CheckpointConfig checkpoint;
-  MeshConfig mesh;
-  ProfileConfig profile;
-  TraceConfig trace;
-  DebugConfig debug;
+  struct {
+    int64_t every = 0;  // updates; 0 = never
+    int64_t batches = 8;
+  } eval;
+  struct {
+    int64_t every = 0;  // updates; 0 = only at the end
+    int64_t keep_last = 3;
+    bool background = false;
+  } checkpoint;
+  struct {
+    int64_t pp = 1, cp = 1, ep = 1;
+    std::string shard = "full";  // full | replicate_over_dp
+    double timeout_seconds = 900;
+  } mesh;
+  struct {
+    std::vector<int64_t> steps;  // updates of which a timeline is written
+  } profile;
+  struct {
+    std::string routing;  // directory that the routing trace is written to; empty = none
+    std::string replay;  // directory of a trace whose expert ids replace the router's; empty = none
+  } trace;
+  struct {
+    bool sync = false;
+    bool check_finite = false;
+  } debug;
 
   // Every rule that concerns the run file alone. InputError with one sentence: the key, its value
   // and what would be right.

@@ -3,12 +3,6 @@
 // Formats: TFRecord (tensorflow/core/lib/io/record_writer.h), event.proto and summary.proto of
 // TensorFlow.
 
-#include <cstdint>
-#include <span>
-#include <string>
-#include <string_view>
-#include <utility>
-
 #include "core/file.h"
 
 namespace pith {
@@ -24,7 +18,7 @@ class EventFile {
   const std::string& path() const { return path_; }
 
  private:
-  void write_record(std::string_view event);
+  void write(int64_t step, int field, std::string_view content);
   std::string path_;
   OutputFile file_;
 };

@@ -2,6 +2,16 @@
 
 namespace pith {
 
+Tensor wide_scalar(const Context& c, double value) {
+  Tensor t(Shape{1}, master_dtype(c.dtype), c.device, "loss");
+  if (c.device == Device::cpu) t.copy_from(Tensor::of<double>({1}, std::vector{value}));
+  return t;
+}
+
+double value_of(const Tensor& scalar) {
+  return scalar.device() == Device::meta ? 0 : scalar.to_vector<double>()[0];
+}
+
 std::unique_ptr<Model> make_model(const Value& config, const ModelOptions& options) {
   const std::string& type = config.at("model_type").as_string();
   if (type == "qwen3_moe") return std::make_unique<Qwen3Moe>(config, options);

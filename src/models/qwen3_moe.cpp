@@ -5,109 +5,121 @@
 
 #include "ops/ops.h"
 
-// Letters: T tokens, H hidden, D head dim, E experts, K chosen, I expert width, N (row, expert) pairs, V vocabulary.
+// Letters: T tokens, H hidden, D head dim, E experts, K chosen, I expert width, N (row, expert)
+// pairs, V vocabulary.
 
 namespace pith {
 
 Qwen3Moe::Qwen3Moe(const Value& c, const ModelOptions& options) : config_(c), options_(options) {
   config_only(c, "hidden_act", "silu");
-  config_only(c, "attention_dropout", 0.0);
+  if (config_real(c, "attention_dropout", 0) != 0)
+    fail_input("{}: attention_dropout must be 0", c.where());
   config_only(c, "use_bidirectional_attention", false);
   config_only(c, "quantization_config", Value());
 
   hidden_ = config_size(c, {"hidden_size"});
   heads_ = config_size(c, {"num_attention_heads"});
-  const Value* kv_heads = config_find(c, {"num_key_value_heads"});
-  kv_heads_ = kv_heads ? config_size(c, {"num_key_value_heads"}) : heads_;
-  head_dim_ = config_find(c, {"head_dim"}) ? config_size(c, {"head_dim"}) : hidden_ / heads_;
+  kv_heads_ = config_size(c, {"num_key_value_heads"}, heads_);
+  head_dim_ = config_size(c, {"head_dim"}, hidden_ / heads_);
   expert_width_ = config_size(c, {"moe_intermediate_size"});
   attention_bias_ = config_flag(c, "attention_bias", false);
-  const Value* eps = config_find(c, {"rms_norm_eps"});
-  eps_ = float(eps ? eps->as_real() : 1e-6);
+  eps_ = float(config_real(c, "rms_norm_eps", 1e-6));
   if (config_flag(c, "use_sliding_window", false)) window_ = config_size(c, {"sliding_window"});
   if (heads_ % kv_heads_)
-    fail_input("{}: num_attention_heads {} is not a multiple of num_key_value_heads {}", c.where(), heads_, kv_heads_);
+    fail_input("{}: num_attention_heads {} is not a multiple of num_key_value_heads {}", c.where(),
+               heads_, kv_heads_);
   if (head_dim_ % 2) fail_input("{}: head_dim {} must be even", c.where(), head_dim_);
 
   size.layers = config_size(c, {"num_hidden_layers"});
-  size.hidden = hidden_;
   size.vocabulary = config_size(c, {"vocab_size"});
   size.experts = config_size(c, {"num_local_experts", "num_experts"});
   size.top_k = config_size(c, {"num_experts_per_tok"});
   size.kv_width = 2 * kv_heads_ * head_dim_;
-  const Value* std = config_find(c, {"initializer_range"});
-  size.init_std = std ? std->as_real() : 0.02;
+  size.init_std = config_real(c, "initializer_range", 0.02);
   if (size.top_k > size.experts)
-    fail_input("{}: num_experts_per_tok {} is more than num_experts {}", c.where(), size.top_k, size.experts);
+    fail_input("{}: num_experts_per_tok {} is more than num_experts {}", c.where(), size.top_k,
+               size.experts);
   rule_.top_k = size.top_k;
   rule_.renormalize = config_flag(c, "norm_topk_prob", false);
-  rope_ = make_rope_table(read_rope_config(c, 10000), head_dim_, options.max_positions, master_dtype(options.dtype),
-                          options.device);
+  rope_ = make_rope_table(read_rope_config(c, 10000), head_dim_, options.max_positions,
+                          master_dtype(options.dtype), options.device);
 
   // Which layers are dense: those listed, and those a sparse step skips.
   std::vector<int64_t> dense;
   if (const Value* listed = config_find(c, {"mlp_only_layers"}))
     for (const Value& v : listed->items()) dense.push_back(v.as_int());
-  const int64_t sparse_step = config_find(c, {"decoder_sparse_step"}) ? config_size(c, {"decoder_sparse_step"}) : 1;
+  const int64_t sparse_step = config_size(c, {"decoder_sparse_step"}, 1);
 
-  embed_ = &params.add({.name = "model.embed_tokens.weight", .shape = {size.vocabulary, hidden_},
+  embed_ = &params.add({.name = "model.embed_tokens.weight",
+                        .shape = {size.vocabulary, hidden_},
                         .role = Role::embedding});
   for (int64_t l = 0; l < size.layers; ++l) {
     const std::string prefix = fmt::format("model.layers.{}.", l);
-    Layer w;
+    Layer& w = layers_.emplace_back();
     declare_attention(w, prefix);
-    const bool is_dense = std::find(dense.begin(), dense.end(), l) != dense.end() || (l + 1) % sparse_step != 0;
-    if (!is_dense) {
+    if (std::ranges::count(dense, l) || (l + 1) % sparse_step != 0) {
+      declare_dense(w, prefix + "mlp.", config_size(c, {"intermediate_size"}));
+    } else {
       w.moe_layer = size.moe_layers++;
       moe_layers.push_back(l);
-    }
-    if (is_dense) {
-      dense_width_ = config_size(c, {"intermediate_size"});
-      declare_dense(w, prefix + "mlp.");
-    } else {
       declare_experts(w, prefix + "mlp.");
     }
-    layers_.push_back(w);
   }
-  final_norm_ = &params.add({.name = "model.norm.weight", .shape = {hidden_}, .role = Role::vector, .decay = false,
-                             .init = Init::ones});
-  lm_head_ = config_flag(c, "tie_word_embeddings", false)
-                 ? embed_
-                 : &params.add({.name = "lm_head.weight", .shape = {size.vocabulary, hidden_}, .role = Role::head});
+  final_norm_ = declare_norm("model.norm.weight", hidden_);
+  const bool tied = config_flag(c, "tie_word_embeddings", false);
+  lm_head_ = tied ? embed_
+                  : &params.add({.name = "lm_head.weight",
+                                 .shape = {size.vocabulary, hidden_},
+                                 .role = Role::head});
   params.allocate(options.dtype, options.device, options.training);
 }
 
+Param* Qwen3Moe::declare_norm(const std::string& name, int64_t width) {
+  return &params.add(
+      {.name = name, .shape = {width}, .role = Role::vector, .decay = false, .init = Init::ones});
+}
+
 void Qwen3Moe::declare_attention(Layer& w, const std::string& prefix) {
-  const std::string self_attn = prefix + "self_attn.";
-  const int64_t q = heads_ * head_dim_, kv = kv_heads_ * head_dim_;
-  const auto norm = [&](const std::string& name, int64_t width) {
-    return &params.add({.name = name, .shape = {width}, .role = Role::vector, .decay = false, .init = Init::ones});
+  const std::string self = prefix + "self_attn.";
+  const int64_t Q = heads_ * head_dim_, KV = kv_heads_ * head_dim_, H = hidden_;
+  const auto matrix = [&](const std::string& name, Shape shape, std::vector<Piece> pieces) {
+    return &params.add({.name = name, .shape = shape, .pieces = std::move(pieces)});
   };
   const auto bias = [&](const std::string& name, int64_t width, std::vector<Piece> pieces) {
-    return &params.add({.name = name, .shape = {width}, .role = Role::vector, .decay = false, .init = Init::zeros,
+    return &params.add({.name = name,
+                        .shape = {width},
+                        .role = Role::vector,
+                        .decay = false,
+                        .init = Init::zeros,
                         .pieces = std::move(pieces)});
   };
-  w.input_norm = norm(prefix + "input_layernorm.weight", hidden_);
-  w.qkv = &params.add({.name = self_attn + "qkv_proj.weight",
-                       .shape = {q + 2 * kv, hidden_},
-                       .pieces = {{self_attn + "q_proj.weight", {q, hidden_}},
-                                  {self_attn + "k_proj.weight", {kv, hidden_}},
-                                  {self_attn + "v_proj.weight", {kv, hidden_}}}});
-  w.q_norm = norm(self_attn + "q_norm.weight", head_dim_);
-  w.k_norm = norm(self_attn + "k_norm.weight", head_dim_);
-  w.o = &params.add({.name = self_attn + "o_proj.weight", .shape = {hidden_, q}});
+  w.input_norm = declare_norm(prefix + "input_layernorm.weight", H);
+  w.qkv = matrix(self + "qkv_proj.weight", {Q + 2 * KV, H},
+                 {{self + "q_proj.weight", {Q, H}},
+                  {self + "k_proj.weight", {KV, H}},
+                  {self + "v_proj.weight", {KV, H}}});
+  w.q_norm = declare_norm(self + "q_norm.weight", head_dim_);
+  w.k_norm = declare_norm(self + "k_norm.weight", head_dim_);
+  w.o = matrix(self + "o_proj.weight", {H, Q}, {});
   if (attention_bias_) {
-    w.qkv_bias = bias(self_attn + "qkv_proj.bias", q + 2 * kv,
-                      {{self_attn + "q_proj.bias", {q}}, {self_attn + "k_proj.bias", {kv}},
-                       {self_attn + "v_proj.bias", {kv}}});
-    w.o_bias = bias(self_attn + "o_proj.bias", hidden_, {});
+    w.qkv_bias = bias(
+        self + "qkv_proj.bias", Q + 2 * KV,
+        {{self + "q_proj.bias", {Q}}, {self + "k_proj.bias", {KV}}, {self + "v_proj.bias", {KV}}});
+    w.o_bias = bias(self + "o_proj.bias", H, {});
   }
-  w.post_attention_norm = norm(prefix + "post_attention_layernorm.weight", hidden_);
+  w.post_attention_norm = declare_norm(prefix + "post_attention_layernorm.weight", H);
 }
 
 void Qwen3Moe::declare_experts(Layer& w, const std::string& mlp) {
   const int64_t E = size.experts, I = expert_width_, H = hidden_;
   w.gate = &params.add({.name = mlp + "gate.weight", .shape = {E, H}, .role = Role::router});
+  // One tensor per expert, or all in one.
+  const auto declare = [&](const std::string& name, Shape shape, std::vector<Piece> pieces) {
+    return &params.add({.name = name,
+                        .shape = shape,
+                        .pieces = std::move(pieces),
+                        .also_read = {{{name, shape}}}});
+  };
   std::vector<Piece> gate_up, down;
   for (int64_t e = 0; e < E; ++e) {
     const std::string expert = fmt::format("{}experts.{}.", mlp, e);
@@ -115,23 +127,22 @@ void Qwen3Moe::declare_experts(Layer& w, const std::string& mlp) {
     gate_up.push_back({expert + "up_proj.weight", {I, H}});
     down.push_back({expert + "down_proj.weight", {H, I}});
   }
-  w.gate_up = &params.add({.name = mlp + "experts.gate_up_proj", .shape = {E, 2 * I, H},
-                           .placement = Placement::split_over_ep, .pieces = std::move(gate_up),
-                           .also_read = {{{mlp + "experts.gate_up_proj", {E, 2 * I, H}}}}});
-  w.down = &params.add({.name = mlp + "experts.down_proj", .shape = {E, H, I}, .placement = Placement::split_over_ep,
-                        .pieces = std::move(down), .also_read = {{{mlp + "experts.down_proj", {E, H, I}}}}});
+  w.gate_up = declare(mlp + "experts.gate_up_proj", {E, 2 * I, H}, std::move(gate_up));
+  w.down = declare(mlp + "experts.down_proj", {E, H, I}, std::move(down));
   w.router = declare_router_state(params, options_.balance, mlp + "gate", E, "");
 }
 
-void Qwen3Moe::declare_dense(Layer& w, const std::string& mlp) {
-  const int64_t I = dense_width_, H = hidden_;
-  w.gate_up = &params.add({.name = mlp + "gate_up_proj.weight",
-                           .shape = {2 * I, H},
-                           .pieces = {{mlp + "gate_proj.weight", {I, H}}, {mlp + "up_proj.weight", {I, H}}}});
-  w.down = &params.add({.name = mlp + "down_proj.weight", .shape = {H, I}});
+void Qwen3Moe::declare_dense(Layer& w, const std::string& mlp, int64_t I) {
+  const std::vector<Piece> pieces = {{mlp + "gate_proj.weight", {I, hidden_}},
+                                     {mlp + "up_proj.weight", {I, hidden_}}};
+  w.gate_up = &params.add(
+      {.name = mlp + "gate_up_proj.weight", .shape = {2 * I, hidden_}, .pieces = pieces});
+  w.down = &params.add({.name = mlp + "down_proj.weight", .shape = {hidden_, I}});
 }
 
-Carry Qwen3Moe::embed(Tape& t, MicroBatch& mb) { return {embedding(t, mb.tokens, *embed_), {}, {}}; }
+Carry Qwen3Moe::embed(Tape& t, MicroBatch& mb) {
+  return {embedding(t, mb.tokens, *embed_), {}, {}};
+}
 
 Tensor Qwen3Moe::attend(Tape& t, int64_t layer, const Tensor& x_TH, MicroBatch& mb) {
   const Layer& w = layers_[layer];
@@ -148,22 +159,24 @@ Stage1 Qwen3Moe::stage1_attention_router(Tape& t, int64_t layer, const Carry& in
   const Layer& w = layers_[layer];
   auto [x_TH, hidden_TH] = add_rms_norm(t, in.hidden, in.delta, *w.input_norm, eps_);
   Tensor attended_TH = attend(t, layer, x_TH, mb);
-  auto [rows_TH, residual_TH] = add_rms_norm(t, hidden_TH, attended_TH, *w.post_attention_norm, eps_);
+  auto [rows_TH, residual_TH] =
+      add_rms_norm(t, hidden_TH, attended_TH, *w.post_attention_norm, eps_);
   if (!w.gate) {
     Tensor act_TI = swiglu(t, linear(t, rows_TH, *w.gate_up));
-    return {.residual = residual_TH, .delta = linear(t, act_TI, *w.down), .rows = {}, .ids = {}, .weights = {}};
+    return {.residual = residual_TH, .delta = linear(t, act_TI, *w.down)};
   }
   Tensor logits_TE = linear(t, rows_TH, *w.gate, {.out = master_dtype(options_.dtype)});
-  Routing r = route(t, mb, options_.balance, rule_, w.router, w.moe_layer, size.moe_layers, logits_TE);
-  return {.residual = residual_TH, .delta = {}, .rows = rows_TH, .ids = r.ids, .weights = r.weights};
+  Routing r =
+      route(t, mb, options_.balance, rule_, w.router, w.moe_layer, size.moe_layers, logits_TE);
+  return {.residual = residual_TH, .rows = rows_TH, .ids = r.ids, .weights = r.weights};
 }
 
 Tensor Qwen3Moe::stage3_experts(Tape& t, int64_t layer, const Received& in) {
   const Layer& w = layers_[layer];
   const ExpertOrder order = order_by_expert(t, in.ids, w.gate_up->value.dim(0));
-  Tensor x_NH = gather_rows(t, in.rows, order);                            // N pairs, sorted by expert
+  Tensor x_NH = gather_rows(t, in.rows, order);  // N pairs, sorted by expert
   Tensor gate_up_N2I = grouped_linear(t, x_NH, *w.gate_up, order.offsets);
-  Tensor act_NI = swiglu(t, gate_up_N2I, in.weights, order);               // silu(gate) * up * router weight
+  Tensor act_NI = swiglu(t, gate_up_N2I, in.weights, order);  // silu(gate) * up * router weight
   return sum_rows(t, grouped_linear(t, act_NI, *w.down, order.offsets), order);
 }
 
@@ -179,12 +192,19 @@ Tensor Qwen3Moe::logits(Tape& t, const Carry& in) {
   return linear(t, x_TH, *lm_head_, {.out = master_dtype(options_.dtype)});
 }
 
+Value Qwen3Moe::hf_config() const {
+  Value config = with_both_spellings(config_);
+  if (!config_find(config, {"architectures"}))
+    config["architectures"] = Value::array({"Qwen3MoeForCausalLM"});
+  return config;
+}
+
 void Qwen3Moe::after_step(const Statistics& sums) {
   const auto counts = sums.find("expert_count");
   if (counts == sums.end()) return;
   for (const Layer& w : layers_)
-    if (w.gate)
-      update_router_state(w.router, options_.balance, counts->second.row_range(w.moe_layer, w.moe_layer + 1));
+    if (const int64_t l = w.moe_layer; l >= 0)
+      update_router_state(w.router, options_.balance, counts->second.row_range(l, l + 1));
 }
 
 }  // namespace pith

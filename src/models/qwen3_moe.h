@@ -1,5 +1,6 @@
 #pragma once
-// Qwen3-MoE (Hugging Face `Qwen3MoeForCausalLM`): grouped-query attention with q/k norm, softmax -> top-k router.
+// Qwen3-MoE (Hugging Face `Qwen3MoeForCausalLM`): grouped-query attention with q/k norm, softmax ->
+// top-k router.
 
 #include "models/balance.h"
 #include "models/config.h"
@@ -17,25 +18,26 @@ class Qwen3Moe : public Model {
   Tensor head_loss(Tape& t, const Carry& in, MicroBatch& mb, Tensor* token_loss) override;
   Tensor logits(Tape& t, const Carry& in) override;
   void after_step(const Statistics& sums) override;
-  Value hf_config() const override { return with_both_spellings(config_); }
+  Value hf_config() const override;
 
  private:
   struct Layer {
     Param *input_norm, *post_attention_norm;
     Param *qkv, *qkv_bias = nullptr, *q_norm, *k_norm, *o, *o_bias = nullptr;
-    Param *gate = nullptr;     // router; nullptr: dense layer
-    Param *gate_up, *down;     // of the experts, or of the dense MLP
+    Param* gate = nullptr;  // router; nullptr: dense layer
+    Param *gate_up, *down;  // of the experts, or of the dense MLP
     RouterState router;
     int64_t moe_layer = -1;
   };
+  Param* declare_norm(const std::string& name, int64_t width);
   void declare_attention(Layer& w, const std::string& prefix);
   void declare_experts(Layer& w, const std::string& prefix);
-  void declare_dense(Layer& w, const std::string& prefix);
+  void declare_dense(Layer& w, const std::string& prefix, int64_t width);
   Tensor attend(Tape& t, int64_t layer, const Tensor& x_TH, MicroBatch& mb);
 
   Value config_;
   ModelOptions options_;
-  int64_t hidden_, heads_, kv_heads_, head_dim_, expert_width_, dense_width_, window_ = 0;
+  int64_t hidden_, heads_, kv_heads_, head_dim_, expert_width_, window_ = 0;
   float eps_;
   bool attention_bias_;
   RouterRule rule_;

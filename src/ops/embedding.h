@@ -6,13 +6,13 @@
 
 namespace pith {
 
-// ids i32 [T] in [0, V), w[V, H] -> [T, H]. Backward adds into the main gradient token by token of
-// the sorted ids: deterministic.
+// ids i32 [T] in [0, V), w[V, H] -> [T, H]. Backward adds into the main gradient in order of
+// tokens: deterministic.
 Tensor embedding(Tape& tape, const Tensor& ids, Param& w, Loc at = Loc::current());
 
 struct HeadLoss {
-  Tensor
-      sum;  // wide [1]: sum over labels >= 0 of -log softmax(x w^T)[label]; labels < 0 are ignored
+  // wide [1]: sum over labels >= 0 of -log softmax(x w^T)[label]; labels < 0 are ignored
+  Tensor sum;
   Tensor token_loss;  // wide [T]: the terms; 0 where ignored. Not differentiable.
 };
 // labels i32 [T] below V. Chunked over tokens, so [T, V] logits never exist. While recording, the

@@ -17,8 +17,10 @@ template <class T> T merged(const T& old, Acc<T> value, bool add) {
   return T(add ? Acc<T>(old) + value : value);
 }
 
-int64_t pairs_in_use(const ExpertOrder& order) {
-  return order.offsets.data<int32_t>()[order.offsets.numel() - 1];
+// How many rows of a matrix of pairs carry data; the rest are zero. Without an order it is all of
+// them.
+int64_t pairs_in_use(const ExpertOrder& order, const Tensor& rows) {
+  return order.offsets ? order.offsets.data<int32_t>()[order.offsets.numel() - 1] : rows.dim(0);
 }
 
 // The order as order_by_expert makes it, and x a matrix of so many rows.
@@ -33,45 +35,36 @@ void check_order(const Op& op, const ExpertOrder& order, const Tensor& x, int64_
 // y[pair] = x[row of the pair]; a row is read once and lands in its K places. Unused pairs become
 // zero.
 template <class T> void spread(const Tensor& x, const ExpertOrder& order, Tensor y, bool add) {
-  const int64_t rows = order.pairs.dim(0), slots = order.pairs.dim(1), width = x.dim(1);
+  const int64_t slots = order.pairs.dim(1), width = x.dim(1);
   const int32_t* pairs = order.pairs.data<int32_t>();
   const T* from = x.data<T>();
   T* to = y.data<T>();
 #pragma omp parallel for if (y.numel() > kParallel)
-  for (int64_t t = 0; t < rows; ++t) {
-    const T* in = from + t * width;
-    for (int64_t j = 0; j < slots; ++j) {
-      const int64_t n = pairs[t * slots + j];
-      if (n < 0) continue;
-      T* out = to + n * width;
-      if (!add) {
-        std::copy(in, in + width, out);
-      } else {
-        for (int64_t i = 0; i < width; ++i) out[i] = merged(out[i], in[i], true);
-      }
-    }
+  for (int64_t i = 0; i < order.pairs.numel(); ++i) {
+    if (pairs[i] < 0) continue;
+    const T* in = from + i / slots * width;
+    T* out = to + pairs[i] * width;
+    for (int64_t h = 0; h < width; ++h) out[h] = merged(out[h], in[h], add);
   }
-  const int64_t used = pairs_in_use(order);
-  if (!add && used < y.dim(0)) y.row_range(used, y.dim(0)).fill_zero();
+  if (!add) y.row_range(pairs_in_use(order, y), y.dim(0)).fill_zero();
 }
 
 // x[row] = sum of y over the row's pairs, in slot order; one block of columns at a time stays in
 // registers.
 template <class T> void collect(const Tensor& y, const ExpertOrder& order, Tensor x, bool add) {
   constexpr int64_t kBlock = 64;
-  const int64_t rows = order.pairs.dim(0), slots = order.pairs.dim(1), width = x.dim(1);
+  const int64_t slots = order.pairs.dim(1), width = x.dim(1);
   const int32_t* pairs = order.pairs.data<int32_t>();
   const T* from = y.data<T>();
   T* to = x.data<T>();
 #pragma omp parallel for if (y.numel() > kParallel)
-  for (int64_t t = 0; t < rows; ++t) {
+  for (int64_t t = 0; t < x.dim(0); ++t) {
     for (int64_t begin = 0; begin < width; begin += kBlock) {
       const int64_t count = std::min(kBlock, width - begin);
       Acc<T> sum[kBlock] = {};
       for (int64_t j = 0; j < slots; ++j) {
-        const int64_t n = pairs[t * slots + j];
-        if (n < 0) continue;
-        const T* in = from + n * width + begin;
+        if (pairs[t * slots + j] < 0) continue;
+        const T* in = from + pairs[t * slots + j] * width + begin;
         for (int64_t i = 0; i < count; ++i) sum[i] += Acc<T>(in[i]);
       }
       T* out = to + t * width + begin;
@@ -81,13 +74,6 @@ template <class T> void collect(const Tensor& y, const ExpertOrder& order, Tenso
 }
 
 // gather: spread; else collect. Each is the other's backward.
-void move(const Tensor& from, const ExpertOrder& order, Tensor to, bool add, bool gather) {
-  by_float(from.dtype(), [&](auto z) {
-    using T = decltype(z);
-    gather ? spread<T>(from, order, to, add) : collect<T>(from, order, to, add);
-  });
-}
-
 Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const ExpertOrder& order,
                  bool gather, Loc at) {
   Op op(tape, name, at, {{"from", from}, {"pairs", order.pairs}, {"slots", order.slots}});
@@ -95,62 +81,61 @@ Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const ExpertO
   check_order(op, order, from, gather ? rows : pairs);
   Tensor to = op.output(name, {gather ? pairs : rows, from.dim(1)}, from.dtype());
   const Cost cost{.bytes = double(from.nbytes() + to.nbytes())};
-  op.run(cost, [&] { move(from, order, to, false, gather); });
+  op.run(cost, [&] {
+    by_float(from.dtype(), [&](auto z) {
+      (gather ? spread<decltype(z)> : collect<decltype(z)>)(from, order, to, false);
+    });
+  });
   op.backward([=](Op& op) {
     const Tensor d_to = op.grad(to);
     if (auto d = op.accumulate(from))
-      op.run(cost, [&] { move(d_to, order, d.tensor, d.add, !gather); });
+      op.run(cost, [&] {
+        by_float(from.dtype(), [&](auto z) {
+          (gather ? collect<decltype(z)> : spread<decltype(z)>)(d_to, order, d.tensor, d.add);
+        });
+      });
   });
   return to;
 }
 
-// The weight of each pair; 1 without weights. `used` rows carry data, the rest are zero.
-template <class A> struct PairWeights {
-  const A* weights;
-  const int32_t* slots;
-  int64_t used;
-  A of(int64_t n) const { return weights ? weights[slots[n]] : A(1); }
-};
-
-template <class A>
-PairWeights<A> pair_weights(const Tensor& gate_up, const Tensor& weights,
-                            const ExpertOrder& order) {
-  if (!order.slots) return {nullptr, nullptr, gate_up.dim(0)};
-  return {weights ? weights.data<A>() : nullptr, order.slots.data<int32_t>(), pairs_in_use(order)};
-}
-
 template <class T>
-void swiglu_forward(const Tensor& gate_up, const PairWeights<Acc<T>>& weights, Tensor y) {
+void swiglu_forward(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
+                    Tensor y) {
   using A = Acc<T>;
-  const int64_t width = y.dim(1);
+  const int64_t width = y.dim(1), used = pairs_in_use(order, y);
+  const A* weight_of = weights ? weights.data<A>() : nullptr;
+  const int32_t* slots = weights ? order.slots.data<int32_t>() : nullptr;
   const T* from = gate_up.data<T>();
   T* to = y.data<T>();
 #pragma omp parallel for if (y.numel() > kParallel)
-  for (int64_t n = 0; n < weights.used; ++n) {
+  for (int64_t n = 0; n < used; ++n) {
     const T *gate = from + n * 2 * width, *up = gate + width;
-    const A weight = weights.of(n);
+    const A weight = weights ? weight_of[slots[n]] : A(1);
     T* out = to + n * width;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i)
       out[i] = cpu::narrow<T>(A(gate[i]) * cpu::sigmoid_of(A(gate[i])) * A(up[i]) * weight);
   }
-  if (weights.used < y.dim(0)) y.row_range(weights.used, y.dim(0)).fill_zero();
+  y.row_range(used, y.dim(0)).fill_zero();
 }
 
-// With s = sigmoid(g): silu'(g) = s + g s (1 - s). dweights may be null. kAdd is a template
+// With s = sigmoid(g): silu'(g) = s + g s (1 - s). dweights may be empty. kAdd is a template
 // argument because the loop would not vectorize with a choice in it.
 template <class T, bool kAdd>
-void swiglu_backward(const Tensor& gate_up, const PairWeights<Acc<T>>& weights, const Tensor& dy,
-                     Tensor d, Acc<T>* dweights) {
+void swiglu_backward(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
+                     const Tensor& dy, Tensor d, Tensor dweights) {
   using A = Acc<T>;
-  const int64_t width = dy.dim(1);
+  const int64_t width = dy.dim(1), used = pairs_in_use(order, dy);
+  const A* weight_of = weights ? weights.data<A>() : nullptr;
+  const int32_t* slots = weights ? order.slots.data<int32_t>() : nullptr;
+  A* dweight_of = dweights ? dweights.data<A>() : nullptr;
   const T *from = gate_up.data<T>(), *above = dy.data<T>();
   T* to = d.data<T>();
 #pragma omp parallel for if (dy.numel() > kParallel)
-  for (int64_t n = 0; n < weights.used; ++n) {
+  for (int64_t n = 0; n < used; ++n) {
     const T *gate = from + n * 2 * width, *up = gate + width, *dout = above + n * width;
     T *dgate = to + n * 2 * width, *dup = dgate + width;
-    const A weight = weights.of(n);
+    const A weight = weights ? weight_of[slots[n]] : A(1);
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < width; ++i) {
@@ -159,42 +144,9 @@ void swiglu_backward(const Tensor& gate_up, const PairWeights<Acc<T>>& weights, 
       dgate[i] = merged(dgate[i], dz * weight * u * (s + silu * (A(1) - s)), kAdd);
       dup[i] = merged(dup[i], dz * weight * silu, kAdd);
     }
-    if (dweights) dweights[weights.slots[n]] += sum;
+    if (dweights) dweight_of[slots[n]] += sum;
   }
-  if (!kAdd && weights.used < d.dim(0)) d.row_range(weights.used, d.dim(0)).fill_zero();
-}
-
-// Both forms: weights may be empty, and without weights the order too.
-Tensor swiglu_of(Op& op, const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order) {
-  op.require(gate_up.rank() == 2 && gate_up.dim(1) % 2 == 0, "gate_up must be [N, 2 I]");
-  Tensor y = op.output("swiglu", {gate_up.dim(0), gate_up.dim(1) / 2}, gate_up.dtype());
-  op.run({.bytes = 1.5 * gate_up.nbytes()}, [&] {
-    by_float(y.dtype(), [&](auto z) {
-      using T = decltype(z);
-      swiglu_forward<T>(gate_up, pair_weights<Acc<T>>(gate_up, weights, order), y);
-    });
-  });
-  op.backward([=](Op& op) {
-    const Tensor dy = op.grad(y);
-    const Op::Into into = op.accumulate(gate_up);
-    Op::Into dw;
-    if (weights) dw = op.accumulate(weights);
-    if (!into && !dw) return;
-    // Where nobody wants the larger gradient the kernel still needs a place to write it.
-    Tensor d = into ? into.tensor : op.workspace("swiglu_grad", gate_up.shape(), gate_up.dtype());
-    op.run({.bytes = 2.5 * gate_up.nbytes()}, [&] {
-      by_float(y.dtype(), [&](auto z) {
-        using T = decltype(z);
-        using A = Acc<T>;
-        if (dw && !dw.add)
-          dw.tensor.fill_zero();  // slots of nobody have no pair that would write them
-        const auto kernel = into.add ? swiglu_backward<T, true> : swiglu_backward<T, false>;
-        kernel(gate_up, pair_weights<A>(gate_up, weights, order), dy, d,
-               dw ? dw.tensor.data<A>() : nullptr);
-      });
-    });
-  });
-  return y;
+  if (!kAdd) d.row_range(used, d.dim(0)).fill_zero();
 }
 
 }  // namespace
@@ -245,17 +197,34 @@ Tensor sum_rows(Tape& tape, const Tensor& y, const ExpertOrder& order, Loc at) {
 
 Tensor swiglu(Tape& tape, const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
               Loc at) {
-  Op op(tape, "swiglu", at, {{"gate_up", gate_up}, {"pairs", order.pairs}, {"slots", order.slots}});
-  check_order(op, order, gate_up, order.slots.dim(0));
+  Op op(tape, "swiglu", at, {{"gate_up", gate_up}});
   const DType wide = master_dtype(gate_up.dtype());
+  op.require(gate_up.rank() == 2 && gate_up.dim(1) % 2 == 0, "gate_up must be [N, 2 I]");
+  if (order.slots) check_order(op, order, gate_up, order.slots.dim(0));
   op.require(!weights || (weights.shape() == order.pairs.shape() && weights.dtype() == wide),
              "weights must be {} like pairs, not {}", name_of(wide), weights.str());
-  return swiglu_of(op, gate_up, weights, order);
-}
-
-Tensor swiglu(Tape& tape, const Tensor& gate_up, Loc at) {
-  Op op(tape, "swiglu", at, {{"gate_up", gate_up}});
-  return swiglu_of(op, gate_up, {}, {});
+  Tensor y = op.output("swiglu", {gate_up.dim(0), gate_up.dim(1) / 2}, gate_up.dtype());
+  op.run({.bytes = 1.5 * gate_up.nbytes()}, [&] {
+    by_float(y.dtype(), [&](auto z) { swiglu_forward<decltype(z)>(gate_up, weights, order, y); });
+  });
+  op.backward([=](Op& op) {
+    const Tensor dy = op.grad(y);
+    const Op::Into into = op.accumulate(gate_up),
+                   dw = weights ? op.accumulate(weights) : Op::Into{};
+    if (!into && !dw) return;
+    // Where nobody wants the larger gradient the kernel still needs a place to write it.
+    Tensor d = into ? into.tensor : op.workspace("swiglu_grad", gate_up.shape(), gate_up.dtype());
+    op.run({.bytes = 2.5 * gate_up.nbytes()}, [&] {
+      // Slots of nobody have no pair that would write them.
+      if (dw && !dw.add) Tensor(dw.tensor).fill_zero();
+      by_float(y.dtype(), [&](auto z) {
+        using T = decltype(z);
+        const auto kernel = into.add ? swiglu_backward<T, true> : swiglu_backward<T, false>;
+        kernel(gate_up, weights, order, dy, d, dw.tensor);
+      });
+    });
+  });
+  return y;
 }
 
 }  // namespace pith

@@ -29,9 +29,9 @@ Tensor gather_rows(Tape& tape, const Tensor& x, const ExpertOrder& order, Loc at
 Tensor sum_rows(Tape& tape, const Tensor& y, const ExpertOrder& order, Loc at = Loc::current());
 
 // gate_up[N, 2 I] -> [N, I]: silu(gate) * up * weight, with weight[t, j] of the pair's slot
-// (weights wide [T, K]; empty weights: 1). The gradient of the weights falls out of the same pass.
-Tensor swiglu(Tape& tape, const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
-              Loc at = Loc::current());
-Tensor swiglu(Tape& tape, const Tensor& gate_up, Loc at = Loc::current());
+// (weights wide [T, K]; empty weights: 1). Rows are pairs of `order`, or without one plain rows.
+// The gradient of the weights falls out of the same pass.
+Tensor swiglu(Tape& tape, const Tensor& gate_up, const Tensor& weights = {},
+              const ExpertOrder& order = {}, Loc at = Loc::current());
 
 }  // namespace pith

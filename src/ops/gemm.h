@@ -2,7 +2,6 @@
 // Matrix multiplication on the CPU through libraries: oneDNN for fp32 and bf16, OpenBLAS for fp64.
 // All matrices are row-major and contiguous.
 
-#include <cstdint>
 #include <exception>
 
 #include "core/tensor.h"
@@ -20,8 +19,6 @@ void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const voi
 // copies.
 void gemm_bf16_as_fp32(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const void* a,
                        const void* b, void* c, DType out, bool add);
-
-inline int64_t offset_bytes(DType t, int64_t elements) { return elements * int64_t(size_of(t)); }
 
 // Runs task(0) ... task(count - 1) over the threads, first come first served, one thread each (a
 // gemm inside uses one); a single task has all threads. Tasks must be independent. Rethrows the

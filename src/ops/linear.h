@@ -2,8 +2,6 @@
 // Linear layers and their deferred weight gradients. Letters: T rows, K in, N out, E experts, R
 // rows of all experts.
 
-#include <span>
-
 #include "core/op.h"
 
 namespace pith {

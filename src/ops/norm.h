@@ -6,15 +6,17 @@
 
 namespace pith {
 
-// x[T, H], w[H]: y = x / sqrt(mean(x^2) + eps) * w
-Tensor rms_norm(Tape& tape, const Tensor& x, Param& w, float eps, Loc at = Loc::current());
-
 struct AddNorm {
-  Tensor y;    // rms_norm(sum)
+  Tensor y;    // sum / sqrt(mean(sum^2) + eps) * w
   Tensor sum;  // x + delta
 };
-// One pass for the residual addition that opens a stage. An empty delta means sum = x.
+// x[T, H], w[H]. One pass for the residual addition that opens a stage; an empty delta means sum =
+// x.
 AddNorm add_rms_norm(Tape& tape, const Tensor& x, const Tensor& delta, Param& w, float eps,
                      Loc at = Loc::current());
+
+inline Tensor rms_norm(Tape& tape, const Tensor& x, Param& w, float eps, Loc at = Loc::current()) {
+  return add_rms_norm(tape, x, {}, w, eps, at).y;
+}
 
 }  // namespace pith

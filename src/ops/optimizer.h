@@ -11,8 +11,8 @@ double sum_of_squares(Tape& tape, const Tensor& g, Loc at = Loc::current());
 
 // AdamW (Loshchilov & Hutter 2019), as torch.optim.AdamW: g = grad * grad_scale; m, v moments; bias
 // correction by `step` (1-based); master -= lr * (m^ / (sqrt(v^) + eps) + weight_decay * master).
-// Tensors of one shape and dtype (fp32 or fp64); `value` (compute dtype) receives the rounded
-// master.
+// Tensors of one shape; `value` (compute dtype) receives the rounded master, the others have its
+// master dtype.
 struct AdamW {
   double lr, beta1, beta2, eps, weight_decay, grad_scale;
   int64_t step;
@@ -30,8 +30,5 @@ struct Muon {
 };
 void muon_update(Tape& tape, const Muon& rule, const Tensor& grad, Tensor buf, Tensor master,
                  Tensor value, Loc at = Loc::current());
-
-// The orthogonalization alone: x [b, r, c] in place, fp32 or fp64.
-void newton_schulz(Tape& tape, Tensor x, Loc at = Loc::current());
 
 }  // namespace pith

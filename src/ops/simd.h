@@ -1,12 +1,10 @@
 #pragma once
-// What the CPU kernels share: accumulation types and a vectorizable exponential.
+// What the CPU kernels share: accumulation types, loops and a vectorizable exponential.
 
-#include <bit>
+#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <type_traits>
 
-#include "core/tensor.h"
+#include "core/op.h"
 
 namespace pith::cpu {
 
@@ -40,5 +38,44 @@ inline double fast_exp(double x) { return std::exp(x); }
 template <class T> T narrow(Acc<T> x) { return T(x); }
 
 template <class A> A sigmoid_of(A x) { return A(1) / (A(1) + fast_exp(-x)); }
+
+// f(row) for every row, over the threads if the rows [rows, cols] are worth waking them for.
+template <class F> void parallel_rows(int64_t rows, int64_t cols, F&& f) {
+#pragma omp parallel for if (rows * cols > 16384)
+  for (int64_t r = 0; r < rows; ++r) f(r);
+}
+
+// f(i) for every element, over threads and vectors.
+template <class F> void parallel_elements(int64_t n, F f) {
+#pragma omp parallel for simd firstprivate(f) if (parallel : n > 16384)
+  for (int64_t i = 0; i < n; ++i) f(i);
+}
+
+// to[i] = (add ? to[i] : 0) + value(i), rounded once.
+template <class T, class F> void store(T* to, bool add, int64_t n, F value) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = T((add ? Acc<T>(to[i]) : Acc<T>(0)) + value(i));
+}
+
+// into[row_of[r]] (+)= from[r] for every row r of from [rows, cols]; without row_of all go to one
+// row, the sums of the columns. Threads share the columns, so every sum is in order of rows.
+inline void add_rows(const Tensor& from, const int32_t* row_of, Op::Into into) {
+  if (!into.add) into.tensor.fill_zero();
+  by_float(from.dtype(), [&](auto z) {
+    using T = decltype(z);
+    const T* in = from.data<T>();
+    Acc<T>* out = into.tensor.data<Acc<T>>();
+    const int64_t rows = from.dim(0), cols = from.dim(1), width = 64;
+    parallel_rows((cols + width - 1) / width, rows * width, [&](int64_t block) {
+      const int64_t begin = block * width, end = std::min(cols, begin + width);
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* row = in + r * cols;
+        Acc<T>* to = out + (row_of ? row_of[r] * cols : 0);
+#pragma omp simd
+        for (int64_t j = begin; j < end; ++j) to[j] += Acc<T>(row[j]);
+      }
+    });
+  });
+}
 
 }  // namespace pith::cpu
