@@ -4,7 +4,7 @@ SHELL := bash
 .PHONY: build setup demo test asan build-times clean
 
 # Compiler output, not the small talk of ninja and cmake.
-quiet_ninja = ninja -C $(1) --quiet | { grep -vE '^(ninja: no work to do|-- )' || true; }
+quiet_ninja = ninja -C $(1) --quiet $(2) | { grep -vE '^(ninja: no work to do|-- )' || true; }
 
 build: build/build.ninja
 	@$(call quiet_ninja,build)
@@ -13,7 +13,8 @@ setup:
 	@tools/setup.sh
 
 # From an empty machine to a trained model and a sample of its writing, in minutes.
-demo: build
+demo: build/build.ninja
+	@$(call quiet_ninja,build,pith)
 	@examples/tiny/demo.sh
 
 test: build

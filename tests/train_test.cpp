@@ -87,7 +87,7 @@ TEST(Train, ResumingRepeatsTheUninterruptedRun) {
   const TinyRun run;
   for (const char* dtype : {"fp32", "bf16", "fp64"}) {
     const std::string common = fmt::format("dtype={} balance.loss=global_batch balance.coefficient=0.01 "
-                                           "balance.bias_update_rate=0.01 balance.bias_export=drop", dtype);
+                                           "balance.bias_update_rate=0.01 balance.bias_export=drop eval.every=4", dtype);
     const std::string whole = std::string("whole-") + dtype, parts = std::string("parts-") + dtype;
     ASSERT_EQ(run.train(whole, common).code, 0);
     const Outcome first = run.train(parts, common + " train.stop_after=10");
@@ -181,7 +181,8 @@ TEST(Train, BalancingLowersTheLoad) {
 TEST(Train, ThePlanIsThePeak) {
   const TinyRun run;
   for (const char* variant : {"", "train.micro_batch_size=8 data.document_mask=true dtype=bf16",
-                              "optimizer.name=muon train.wgrad_micro_batches=4 balance.loss=sequence"}) {
+                              "optimizer.name=muon train.wgrad_micro_batches=4 balance.loss=sequence",
+                              "checkpoint.background=true checkpoint.every=1"}) {
     const std::string common = std::string("model=") + PITH_SOURCE_DIR + "/examples/tiny/config.json " +
                                "train.steps=2 data.sequence_length=128 " + variant;
     const std::string out = fmt::format("x{}", std::string(variant).size());

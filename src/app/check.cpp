@@ -27,6 +27,8 @@ Value shrunk(Value config) {
   for (const auto& [key, cap] : caps)
     if (const Value* v = config.find(key); v && !v->is_null())
       config[key] = std::min(v->as_int(), cap);
+  config["mlp_only_layers"] = Value::array();  // so that experts remain
+  config["decoder_sparse_step"] = 1;
   return config;
 }
 

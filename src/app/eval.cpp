@@ -50,7 +50,7 @@ double choice_score(LoadedModel& loaded, const Tokenizer& tokenizer, std::string
                     const std::string& choice) {
   const bool spaced = (!context.empty() && is_space(context.back())) ||
                       (!choice.empty() && is_space(choice.front()));
-  std::string continuation = (spaced || context.empty() ? "" : " ") + choice;
+  std::string continuation = (spaced ? "" : " ") + choice;
   while (!context.empty() && is_space(context.back())) {
     continuation.insert(continuation.begin(), context.back());
     context.pop_back();

@@ -1,7 +1,10 @@
 // The program: one subcommand per group of functions in commands.h. The only catch is in main.
 
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 
 #include "app/commands.h"
@@ -137,9 +140,18 @@ int dispatch(int argc, char** argv) {
 }  // namespace pith
 
 int main(int argc, char** argv) {
+  // Idle OpenMP threads spin for milliseconds by default, which halves the speed as soon as anything
+  // else runs on the machine. The library reads this before main, so the program starts itself again.
+  if (!std::getenv("GOMP_SPINCOUNT") && !std::getenv("OMP_WAIT_POLICY")) {
+    setenv("GOMP_SPINCOUNT", "1000", 1);
+    execv("/proc/self/exe", argv);  // where that is not possible, the program goes on as it is
+  }
   pith::install_crash_handler();
   try {
-    return pith::dispatch(argc, argv);
+    const int code = pith::dispatch(argc, argv);
+    if (std::fflush(stdout) != 0 || std::ferror(stdout))
+      pith::fail_input("the results could not be written to the standard output");
+    return code;
   } catch (const pith::InputError& error) {
     std::fprintf(stderr, "error: %s\n", error.what());
     return 2;

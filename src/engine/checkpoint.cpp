@@ -141,7 +141,8 @@ void add_tokenizer(const RunConfig& run, std::vector<TextFile>& files) {
 
 Value exported_config(const Model& model) {
   Value config = model.hf_config();
-  config["dtype"] = config["torch_dtype"] = "bfloat16";
+  config["dtype"] = "bfloat16";
+  config["torch_dtype"] = "bfloat16";
   return config;
 }
 
@@ -356,6 +357,11 @@ int64_t Checkpoints::load(const std::string& directory) {
     if (key == "format" || key == "optimizer") fail_input("{}", text);
     warn_once(text + ": the continuation will not be bit-identical");
   }
+  const int64_t step = state.at("step").as_int(), position = state.at("data_position").as_int();
+  if (position != step * run_.train.global_batch_size)
+    warn_once(fmt::format(
+        "{}: train.global_batch_size has changed: the data continues at sequence {}, not at {}",
+        directory, step * run_.train.global_batch_size, position));
   const Value config = read_model_config(directory), own = exported_config(model_);
   for (const auto& [key, value] : own.members()) {
     const Value* there = config.find(key);
@@ -366,7 +372,7 @@ int64_t Checkpoints::load(const std::string& directory) {
   Parts parts = collect(model_.params, optimizer_, false);
   read_parts(Safetensors(directory + "/trainer", "trainer"), parts.trainer, {});
   model_.params.sync_values();
-  return state.at("step").as_int();
+  return step;
 }
 
 namespace {

@@ -144,7 +144,7 @@ StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<
   const int64_t size = micro_batch_size_, micro_batches = batch.batch / size,
                 tokens = size * batch.sequence;
   model_.params.begin_step();
-  queues_.assign(size_t(wgrad_micro_batches_), {});
+  queues_.assign(size_t(std::min(wgrad_micro_batches_, batch.batch)), {});
   if (trace) sums.trace.resize(size_t(micro_batches));
   for (int64_t m = 0; m < micro_batches; ++m) {
     const int64_t slot = m % wgrad_micro_batches_;

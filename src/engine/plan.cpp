@@ -26,6 +26,11 @@ Plan make_plan(const RunConfig& run) {
   plan.static_bytes = memory::live(Device::meta);
   plan.parameters = model->params.trained_elements();
   Pipeline pipeline(*model, context, run.train);
+  std::vector<Tensor> copies;  // of a save in the background, alive through the next steps
+  if (run.checkpoint.background && run.checkpoint.every > 0) {
+    for (const auto& p : model->params) copies.push_back(p->master.clone("checkpoint_copy"));
+    for (const auto& s : optimizer.states()) copies.push_back(s.tensor.clone("checkpoint_copy"));
+  }
   {
     const int64_t rows = run.train.global_batch_size, tokens = rows * run.data.sequence_length;
     const auto ids = [&] { return Tensor({tokens}, DType::i32, Device::meta, "batch"); };

@@ -246,7 +246,7 @@ void RunConfig::validate() const {
       {train.global_batch_size % train.micro_batch_size != 0,
        fmt::format("train.global_batch_size = {} is not a multiple of train.micro_batch_size = {}",
                    train.global_batch_size, train.micro_batch_size)},
-      {optimizer.warmup_ratio + optimizer.decay_ratio > 1,
+      {optimizer.schedule == "wsd" && optimizer.warmup_ratio + optimizer.decay_ratio > 1,
        fmt::format("optimizer.warmup_ratio = {} and decay_ratio = {} are more than 1 together",
                    optimizer.warmup_ratio, optimizer.decay_ratio)},
       {balance.coefficient > 0 && balance.loss == "none",

@@ -27,6 +27,7 @@ void request_stop(int signal) {
 void catch_stop_signals() {
   struct sigaction action {};
   action.sa_handler = request_stop;
+  action.sa_flags = SA_RESTART;  // a save under way must not see interrupted system calls
   for (int s : {SIGTERM, SIGUSR1, SIGINT}) sigaction(s, &action, nullptr);
 }
 
@@ -154,16 +155,15 @@ struct Trainer {
 
 // A run directory that is not to be continued must be empty, but for what this
 // process just put there.
-void prepare_directory(const RunConfig& run) {
+void prepare_directory(const std::string& path, bool may_continue) {
   std::error_code error;
-  std::filesystem::create_directories(run.out, error);
-  if (error) fail_input("out = \"{}\" cannot be created: {}", run.out, error.message());
-  if (run.resume) return;
-  for (const auto& entry : std::filesystem::directory_iterator(run.out))
-    fail_input(
-        "{} is not empty ({}) and resume = false: choose another out, "
-        "or remove it",
-        run.out, entry.path().filename().string());
+  std::filesystem::create_directories(path, error);
+  if (error) fail_input("the directory {} cannot be created: {}", path, error.message());
+  if (may_continue) return;
+  for (const auto& entry : std::filesystem::directory_iterator(path))
+    if (entry.path().filename() != ".lock")
+      fail_input("{} is not empty ({}) and resume = false: choose another out, or remove it", path,
+                 entry.path().filename().string());
 }
 
 void check_tokenizer(const RunConfig& run, const Model& model) {
@@ -179,7 +179,8 @@ void check_tokenizer(const RunConfig& run, const Model& model) {
 void train(const RunConfig& run) {
   const Plan plan = make_plan(run);
   fmt::print(stderr, "{}", plan.table());
-  prepare_directory(run);
+  prepare_directory(run.out, run.resume);
+  if (!run.trace.routing.empty()) prepare_directory(run.trace.routing, true);
   const RunLock lock(run.out);
   Trainer trainer{run};
   check_tokenizer(run, *trainer.model);
@@ -197,21 +198,22 @@ void train(const RunConfig& run) {
   while (step < last && !stop_signal && seconds_since(begin) <= limit) {
     ++step;
     StepMetrics m = trainer.step(step);
-    if (trainer.validation && (due(run.eval.every) || step == last))
+    // Not at stop_after: a run in two parts says the same as one in one part.
+    if (trainer.validation && (due(run.eval.every) || step == steps))
       m.validation_loss = trainer.validation_loss();
     metrics.log(m);
     if (due(run.checkpoint.every) || step == last) trainer.checkpoints.save(saved = step);
   }
   if (saved != step) trainer.checkpoints.save(step);
   trainer.checkpoints.finish();
+  if (trainer.validation && step < steps && step > 0)
+    fmt::print("step {}/{}  validation_loss {:.4f}\n", step, steps, trainer.validation_loss());
   const char* why = stop_signal   ? "stopped by a signal"
                     : step < last ? "train.max_minutes is up"
                                   : "done";
-  fmt::print(stderr,
-             "{} after step {}; peak memory {:.3f} GB, planned {:.3f} GB; "
-             "model in {}/latest\n",
+  fmt::print(stderr, "{} after step {}; peak memory {:.3f} GB, planned {:.3f} GB; model in {}\n",
              why, step, double(memory::peak(Device::cpu)) / 1e9, double(plan.peak_bytes) / 1e9,
-             run.out);
+             Checkpoints::latest(run.out).empty() ? "no checkpoint yet" : run.out + "/latest");
 }
 
 }  // namespace pith

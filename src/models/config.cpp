@@ -63,13 +63,13 @@ RopeConfig read_rope_config(const Value& config, double default_theta) {
   if (!p->is(Value::Kind::object)) p->reject("an object");
   rope.theta = config_real(*p, "rope_theta", rope.theta);
   if (const Value* type = config_find(*p, {"rope_type", "type"})) rope.type = type->as_string();
+  if (config_real(*p, "partial_rotary_factor", 1) != 1)
+    fail_input("{}: partial_rotary_factor {} is not supported by this architecture: use 1",
+               p->where(), config_real(*p, "partial_rotary_factor", 1));
   if (rope.type == "default") return rope;
   if (rope.type != "linear" && rope.type != "yarn" && rope.type != "llama3")
     fail_input("{}: rope_type '{}' is not supported: use default, linear, yarn or llama3",
                p->where(), rope.type);
-  if (config_real(*p, "partial_rotary_factor", 1) != 1)
-    fail_input("{}: partial_rotary_factor {} is not supported with rope_type {}: use 1", p->where(),
-               config_real(*p, "partial_rotary_factor", 1), rope.type);
   const double limit = config_real(config, "max_position_embeddings", 0);
   rope.original_positions = config_real(config, "original_max_position_embeddings",
                                         config_real(*p, "original_max_position_embeddings", limit));

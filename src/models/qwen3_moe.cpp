@@ -33,6 +33,9 @@ Qwen3Moe::Qwen3Moe(const Value& c, const ModelOptions& options) : config_(c), op
   size.layers = config_size(c, {"num_hidden_layers"});
   size.vocabulary = config_size(c, {"vocab_size"});
   size.experts = config_size(c, {"num_local_experts", "num_experts"});
+  if (config_size(c, {"num_experts", "num_local_experts"}) != size.experts)
+    fail_input("{}: num_experts and num_local_experts differ: they are one size in two spellings",
+               c.where());
   size.top_k = config_size(c, {"num_experts_per_tok"});
   size.kv_width = 2 * kv_heads_ * head_dim_;
   size.init_std = config_real(c, "initializer_range", 0.02);

@@ -18,6 +18,10 @@ class Qwen3Moe : public Model {
   Tensor head_loss(Tape& t, const Carry& in, MicroBatch& mb, Tensor* token_loss) override;
   Tensor logits(Tape& t, const Carry& in) override;
   void after_step(const Statistics& sums) override;
+  std::vector<std::string> ignored_when_reading() const override {
+    return lm_head_ == embed_ ? std::vector<std::string>{"lm_head.weight"}
+                              : std::vector<std::string>();
+  }
   Value hf_config() const override;
 
  private:

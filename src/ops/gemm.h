@@ -24,8 +24,9 @@ void gemm_bf16_as_fp32(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t
 // gemm inside uses one); a single task has all threads. Tasks must be independent. Rethrows the
 // first exception.
 template <class F> void parallel_tasks(int64_t count, F&& task) {
+  if (count == 1) return task(0);  // in no team: libgomp would start new threads inside one
   std::exception_ptr error;
-#pragma omp parallel for schedule(dynamic, 1) if (count > 1)
+#pragma omp parallel for schedule(dynamic, 1)
   for (int64_t i = 0; i < count; ++i) {
     try {
       task(i);
