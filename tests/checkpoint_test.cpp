@@ -306,7 +306,8 @@ TEST(Checkpoint, LoadsWeightsByName) {
       s.model.params.find("experts.gate_up").master.to(DType::bf16, "test").to_vector<float>());
 }
 
-// A model directory with the toy's tensors, edited by `change(name, shape)`; false leaves the tensor out.
+// A model directory with the toy's tensors, edited by `change(name, shape)`; false leaves the
+// tensor out.
 void write_model(const std::string& directory,
                  const std::function<bool(const std::string&, std::vector<int64_t>&)>& change,
                  const std::string& extra = "", const ToyOptions& options = {}) {
@@ -385,7 +386,8 @@ TEST(Checkpoint, RefusesAnotherRun) {
                  "another model: rope_theta was 10000.0, now it is 5");
   EXPECT_REFUSED(Trainer(run).checkpoints->load(dir.path), "state.json: No such file");
 
-  // What the run does not know, and what it misses; nothing is changed before everything is checked.
+  // What the run does not know, and what it misses; nothing is changed before everything is
+  // checked.
   Trainer r(run);
   r.fill(3);
   EXPECT_REFUSED(Trainer(run, {.only_stacked = true}).checkpoints->load(step),
@@ -590,8 +592,8 @@ TEST(Checkpoint, FullDiskLeavesTheLastOne) {
   EXPECT_TRUE(r.holds(1));
 }
 
-// Saves in a loop, in the foreground and in the background, killed at random moments: what `latest` names always loads,
-// is one of the states that were saved, and never gets older.
+// Saves in a loop, in the foreground and in the background, killed at random moments: what `latest`
+// names always loads, is one of the states that were saved, and never gets older.
 TEST(Checkpoint, SurvivesKillAtAnyMoment) {
   TempDir dir;
   RunConfig run = config_for(dir);

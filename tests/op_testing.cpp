@@ -27,11 +27,14 @@ Tensor tensor_of(const std::vector<double>& v, Shape shape, DType dtype) {
 }
 
 // Weights of the scalar that finite differences look at.
-double weight_of(size_t result, int64_t i) { return normal(stream_key(11, "weights"), result * 1000003 + i); }
+double weight_of(size_t result, int64_t i) {
+  return normal(stream_key(11, "weights"), result * 1000003 + i);
+}
 
 using Values = std::vector<std::vector<double>>;
 
-Run run_case(const OpCase& c, const Values& x, const Values& w, DType dtype, bool backward, int repeats = 1) {
+Run run_case(const OpCase& c, const Values& x, const Values& w, DType dtype, bool backward,
+             int repeats = 1) {
   Context context;
   context.dtype = dtype;
   Inputs inputs;
@@ -83,12 +86,14 @@ void expect_near(const std::vector<double>& got, const std::vector<double>& want
     const double d = std::abs(got[i] - want[i]), error = std::isnan(d) ? HUGE_VAL : d;
     if (error > worst) worst = error, where = i;
   }
-  EXPECT_LE(worst / scale, tolerance) << what << ": element " << where << " is " << (got.empty() ? 0 : got[where])
-                                      << ", the reference says " << (got.empty() ? 0 : want[where]);
+  EXPECT_LE(worst / scale, tolerance)
+      << what << ": element " << where << " is " << (got.empty() ? 0 : got[where])
+      << ", the reference says " << (got.empty() ? 0 : want[where]);
 }
 
 void check_differences(const OpCase& c, Values x, Values w, const Run& exact) {
-  const auto along = [&](std::vector<double>& v, const std::vector<double>& grad, const std::string& name) {
+  const auto along = [&](std::vector<double>& v, const std::vector<double>& grad,
+                         const std::string& name) {
     const std::vector<double> direction = random_values("direction " + name, v.size(), 1), kept = v;
     const double h = 1e-5;
     double analytic = 0, norm = 0;
@@ -104,8 +109,10 @@ void check_differences(const OpCase& c, Values x, Values w, const Run& exact) {
     EXPECT_NEAR(analytic, numeric, c.gradient_tolerance * std::max(std::sqrt(norm), 1e-3))
         << c.name << ": gradient of " << name;
   };
-  for (size_t i = 0; i < x.size(); ++i) along(x[i], exact.input_grads[i], "input " + std::to_string(i));
-  for (size_t i = 0; i < w.size(); ++i) along(w[i], exact.param_grads[i], "parameter " + std::to_string(i));
+  for (size_t i = 0; i < x.size(); ++i)
+    along(x[i], exact.input_grads[i], "input " + std::to_string(i));
+  for (size_t i = 0; i < w.size(); ++i)
+    along(w[i], exact.param_grads[i], "parameter " + std::to_string(i));
 }
 
 void check_meta(const OpCase& c, const Run& exact) {
@@ -127,17 +134,20 @@ void check_meta(const OpCase& c, const Run& exact) {
     return;  // the case captures cpu tensors (ids, tables); its op is covered by the model on meta
   }
   ASSERT_EQ(results.size(), exact.results.size());
-  for (size_t k = 0; k < results.size(); ++k) EXPECT_EQ(results[k].shape().str(), exact.results[k].shape().str());
+  for (size_t k = 0; k < results.size(); ++k)
+    EXPECT_EQ(results[k].shape().str(), exact.results[k].shape().str());
 }
 
 }  // namespace
 
-std::unique_ptr<Param> make_param(const std::string& name, Shape shape, DType compute, Device device) {
+std::unique_ptr<Param> make_param(const std::string& name, Shape shape, DType compute,
+                                  Device device) {
   auto p = std::make_unique<Param>();
   p->name = name;
   p->shape = shape;
   p->value = Tensor::zeros(shape, compute, device, "weight");
-  p->master = compute == master_dtype(compute) ? p->value : Tensor::zeros(shape, DType::f32, device, "master");
+  p->master = compute == master_dtype(compute) ? p->value
+                                               : Tensor::zeros(shape, DType::f32, device, "master");
   p->grad = Tensor::zeros(shape, master_dtype(compute), device, "main_grad");
   return p;
 }
@@ -153,14 +163,17 @@ void check_op(const OpCase& c) {
   for (const OpCase::Tolerance& t : c.tolerances) {
     // The reference sees what the op sees: inputs rounded to the dtype.
     Values xr, wr;
-    for (size_t i = 0; i < x.size(); ++i) xr.push_back(tensor_of(x[i], c.inputs[i], t.dtype).to_vector<double>());
-    for (size_t i = 0; i < w.size(); ++i) wr.push_back(tensor_of(w[i], c.params[i], t.dtype).to_vector<double>());
+    for (size_t i = 0; i < x.size(); ++i)
+      xr.push_back(tensor_of(x[i], c.inputs[i], t.dtype).to_vector<double>());
+    for (size_t i = 0; i < w.size(); ++i)
+      wr.push_back(tensor_of(w[i], c.params[i], t.dtype).to_vector<double>());
     const Run got = run_case(c, xr, wr, t.dtype, c.differentiable);
     const Values want = c.reference(xr, wr);
     ASSERT_EQ(got.values.size(), want.size());
     const std::string type = name_of(t.dtype);
     for (size_t k = 0; k < want.size(); ++k)
-      expect_near(got.values[k], want[k], t.value, c.name + " " + type + " result " + std::to_string(k));
+      expect_near(got.values[k], want[k], t.value,
+                  c.name + " " + type + " result " + std::to_string(k));
     if (!c.differentiable || t.dtype == DType::f64) continue;
     const Run wide = run_case(c, xr, wr, DType::f64, true);
     for (size_t i = 0; i < x.size(); ++i)
@@ -177,7 +190,8 @@ void check_op(const OpCase& c) {
   for (size_t i = 0; i < w.size(); ++i) {
     std::vector<double> doubled = exact.param_grads[i];
     for (double& v : doubled) v *= 2;
-    expect_near(twice.param_grads[i], doubled, 1e-12, c.name + " second micro-batch, parameter " + std::to_string(i));
+    expect_near(twice.param_grads[i], doubled, 1e-12,
+                c.name + " second micro-batch, parameter " + std::to_string(i));
   }
 }
 

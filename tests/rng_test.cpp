@@ -68,7 +68,8 @@ TEST(Permute, IsABijectionForEverySize) {
 
 TEST(Init, DependsOnNameSeedAndElementAlone) {
   ParamSet params;
-  Param& both = params.add({.name = "both", .shape = {2, 3}, .pieces = {{"a", {1, 3}}, {"b", {1, 3}}}});
+  Param& both =
+      params.add({.name = "both", .shape = {2, 3}, .pieces = {{"a", {1, 3}}, {"b", {1, 3}}}});
   params.allocate(DType::f32, Device::cpu, true);
   params.initialize(5, 0.02);
   ParamSet alone;

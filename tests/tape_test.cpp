@@ -23,7 +23,8 @@ Tensor scaled(Tape& tape, const Tensor& x, double a, Loc at = Loc::current()) {
     if (auto dx = op.accumulate(x))
       op.run({}, [&] {
         for (int64_t i = 0; i < dy.numel(); ++i)
-          dx.tensor.data<double>()[i] = (dx.add ? dx.tensor.data<double>()[i] : 0) + a * dy.data<double>()[i];
+          dx.tensor.data<double>()[i] =
+              (dx.add ? dx.tensor.data<double>()[i] : 0) + a * dy.data<double>()[i];
       });
   });
   return y;
@@ -92,8 +93,10 @@ TEST_F(TapeTest, AFailureNamesTheCallersLineInForwardAndBackward) {
     scaled(tape, matrix, 1);
     FAIL() << "a matrix was accepted";
   } catch (const Error& e) {
-    EXPECT_EQ(std::string(e.what()), fmt::format("tape_test.cpp:{}: scaled: x must have one dimension; "
-                                                 "x fp64[2, 2] cpu", line));
+    EXPECT_EQ(std::string(e.what()),
+              fmt::format("tape_test.cpp:{}: scaled: x must have one dimension; "
+                          "x fp64[2, 2] cpu",
+                          line));
   }
   Tensor x = numbers({1});
   tape.leaf(x);
@@ -105,8 +108,10 @@ TEST_F(TapeTest, AFailureNamesTheCallersLineInForwardAndBackward) {
     tape.backward();
     FAIL() << "a NaN gradient passed check_finite";
   } catch (const Error& e) {
-    EXPECT_NE(std::string(e.what()).find(fmt::format("tape_test.cpp:{}: scaled backward: wrote a non-finite", second)),
-              std::string::npos) << e.what();
+    EXPECT_NE(std::string(e.what()).find(
+                  fmt::format("tape_test.cpp:{}: scaled backward: wrote a non-finite", second)),
+              std::string::npos)
+        << e.what();
   }
 }
 
@@ -158,8 +163,8 @@ TEST(Tensor, ReshapeKeepsIdentityAndRowRangeDoesNot) {
 
 TEST(Tensor, Bf16RoundsToNearestEvenAndKeepsNaN) {
   EXPECT_EQ(float(bf16(1.0f)), 1.0f);
-  EXPECT_EQ(bf16(1.00390625f).bits, 0x3f80);   // halfway: to even, down
-  EXPECT_EQ(bf16(1.01171875f).bits, 0x3f82);   // halfway: to even, up
+  EXPECT_EQ(bf16(1.00390625f).bits, 0x3f80);  // halfway: to even, down
+  EXPECT_EQ(bf16(1.01171875f).bits, 0x3f82);  // halfway: to even, up
   EXPECT_TRUE(std::isnan(float(bf16(std::nanf("")))));
   EXPECT_TRUE(std::isinf(float(bf16(3.4e38f))));
 }

@@ -29,12 +29,13 @@ struct Outcome {
 };
 Outcome run_pith(const std::string& arguments);
 
-// A run directory's worth of input: a small Qwen3-MoE config.json, corpora and a run file that trains on them in under a
-// second. `overrides` go on the command line.
+// A run directory's worth of input: a small Qwen3-MoE config.json, corpora and a run file that
+// trains on them in under a second. `overrides` go on the command line.
 struct TinyRun {
   TempDir dir;
   TinyRun();
-  std::string arguments(const std::string& out, const std::string& overrides = "") const;  // "train RUN.toml out=..."
+  std::string arguments(const std::string& out,
+                        const std::string& overrides = "") const;  // "train RUN.toml out=..."
   Outcome train(const std::string& out, const std::string& overrides = "") const;
   std::string path(const std::string& out) const { return dir / out; }
   // metrics.jsonl, one map of key to text per step, without times and memory.

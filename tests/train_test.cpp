@@ -35,9 +35,11 @@ void expect_close(const std::vector<double>& a, const std::vector<double>& b, do
     EXPECT_NEAR(a[i], b[i], tolerance * std::max(1e-12, std::abs(b[i]))) << "step " << i + 1;
 }
 
-void expect_same_checkpoint(const TinyRun& run, const std::string& a, const std::string& b, double tolerance = 0) {
-  const Outcome o = run_pith(fmt::format("verify --checkpoint {}/latest --against {}/latest --tolerance {}", run.path(a),
-                                         run.path(b), tolerance));
+void expect_same_checkpoint(const TinyRun& run, const std::string& a, const std::string& b,
+                            double tolerance = 0) {
+  const Outcome o =
+      run_pith(fmt::format("verify --checkpoint {}/latest --against {}/latest --tolerance {}",
+                           run.path(a), run.path(b), tolerance));
   EXPECT_EQ(last_line(o.out), "PASS") << o.out << o.err;
   EXPECT_EQ(o.code, 0);
 }
@@ -45,7 +47,8 @@ void expect_same_checkpoint(const TinyRun& run, const std::string& a, const std:
 TEST(Golden, Qwen3MoeMatchesTransformers) {
   const std::string dir = golden_dir() + "/qwen3_moe";
   for (const char* dtype : {"fp32", "fp64", "bf16"}) {
-    const Outcome o = run_pith(fmt::format("verify --model {0} --golden {0}/golden.safetensors --dtype {1}", dir, dtype));
+    const Outcome o = run_pith(
+        fmt::format("verify --model {0} --golden {0}/golden.safetensors --dtype {1}", dir, dtype));
     EXPECT_EQ(last_line(o.out), "PASS") << dtype << "\n" << o.out << o.err;
     EXPECT_EQ(o.code, 0);
   }
@@ -59,7 +62,8 @@ TEST(Golden, AWrongModelFails) {
   const size_t at = config.find("1e-06");
   ASSERT_NE(at, std::string::npos);
   write_file_atomic(other / "config.json", config.replace(at, 5, "1e-02"));
-  const Outcome o = run_pith(fmt::format("verify --model {} --golden {}/golden.safetensors", other.path, dir));
+  const Outcome o =
+      run_pith(fmt::format("verify --model {} --golden {}/golden.safetensors", other.path, dir));
   EXPECT_EQ(last_line(o.out), "FAIL") << o.out << o.err;
   EXPECT_EQ(o.code, 1);
 }
@@ -78,7 +82,8 @@ TEST(Train, LearnsAndEvaluates) {
   EXPECT_NE(o.out.find("step 0/60  validation_loss "), std::string::npos) << o.out;
   EXPECT_NE(o.out.find("step 60/60  loss "), std::string::npos) << o.out;
   EXPECT_EQ(o.out.find('\r'), std::string::npos);
-  const Outcome e = run_pith("eval --model " + run.path("x") + "/latest --sequence-length 24 --data " + run.dir / "v");
+  const Outcome e = run_pith("eval --model " + run.path("x") +
+                             "/latest --sequence-length 24 --data " + run.dir / "v");
   EXPECT_EQ(e.code, 0) << e.err;
   EXPECT_EQ(e.out.rfind("loss ", 0), 0u) << e.out;
 }
@@ -86,8 +91,10 @@ TEST(Train, LearnsAndEvaluates) {
 TEST(Train, ResumingRepeatsTheUninterruptedRun) {
   const TinyRun run;
   for (const char* dtype : {"fp32", "bf16", "fp64"}) {
-    const std::string common = fmt::format("dtype={} balance.loss=global_batch balance.coefficient=0.01 "
-                                           "balance.bias_update_rate=0.01 balance.bias_export=drop eval.every=4", dtype);
+    const std::string common = fmt::format(
+        "dtype={} balance.loss=global_batch balance.coefficient=0.01 "
+        "balance.bias_update_rate=0.01 balance.bias_export=drop eval.every=4",
+        dtype);
     const std::string whole = std::string("whole-") + dtype, parts = std::string("parts-") + dtype;
     ASSERT_EQ(run.train(whole, common).code, 0);
     const Outcome first = run.train(parts, common + " train.stop_after=10");
@@ -107,20 +114,21 @@ TEST(Train, ASecondRunOfTheSameSeedIsBitIdenticalAndAnotherSeedIsNot) {
   ASSERT_EQ(run.train("c", "train.steps=8 train.seed=2").code, 0);
   EXPECT_EQ(run.metrics("a"), run.metrics("b"));
   EXPECT_NE(run.metrics("a"), run.metrics("c"));
-  const Outcome o = run_pith(fmt::format("verify --checkpoint {}/latest --against {}/latest", run.path("a"),
-                                         run.path("c")));
+  const Outcome o = run_pith(fmt::format("verify --checkpoint {}/latest --against {}/latest",
+                                         run.path("a"), run.path("c")));
   EXPECT_EQ(last_line(o.out), "FAIL");
   EXPECT_EQ(o.code, 1);
 }
 
-// The result does not depend on how the global batch is cut. micro_batch balancing is defined per micro-batch and is
-// left out.
+// The result does not depend on how the global batch is cut. micro_batch balancing is defined per
+// micro-batch and is left out.
 TEST(Train, MicroBatchSplitsAgreeInFp64) {
   const TinyRun run;
-  const char* variants[] = {"", "balance.loss=sequence balance.coefficient=0.05",
-                            "balance.loss=global_batch balance.coefficient=0.05 balance.z_loss=0.01",
-                            "balance.bias_update_rate=0.01 balance.bias_export=drop",
-                            "data.document_mask=true optimizer.name=muon train.wgrad_micro_batches=4"};
+  const char* variants[] = {
+      "", "balance.loss=sequence balance.coefficient=0.05",
+      "balance.loss=global_batch balance.coefficient=0.05 balance.z_loss=0.01",
+      "balance.bias_update_rate=0.01 balance.bias_export=drop",
+      "data.document_mask=true optimizer.name=muon train.wgrad_micro_batches=4"};
   int n = 0;
   for (const char* variant : variants) {
     const std::string one = fmt::format("one{}", n), four = fmt::format("four{}", n++);
@@ -129,7 +137,8 @@ TEST(Train, MicroBatchSplitsAgreeInFp64) {
     const Outcome b = run.train(four, common + " train.micro_batch_size=2");
     ASSERT_EQ(a.code, 0) << a.err;
     ASSERT_EQ(b.code, 0) << b.err;
-    for (const char* key : {"loss", "grad_norm"}) expect_close(run.series(four, key), run.series(one, key), 1e-9);
+    for (const char* key : {"loss", "grad_norm"})
+      expect_close(run.series(four, key), run.series(one, key), 1e-9);
     expect_same_checkpoint(run, four, one, 1e-9);
   }
 }
@@ -152,7 +161,8 @@ TEST(Train, AReplayedTraceRepeatsTheRun) {
   const Outcome o = run.train("replayed", "train.steps=4 trace.replay=" + run.dir / "trace");
   ASSERT_EQ(o.code, 0) << o.err;
   EXPECT_EQ(run.metrics("traced"), run.metrics("replayed"));
-  const Outcome other = run.train("other", "train.steps=4 train.micro_batch_size=1 trace.replay=" + run.dir / "trace");
+  const Outcome other = run.train(
+      "other", "train.steps=4 train.micro_batch_size=1 trace.replay=" + run.dir / "trace");
   ASSERT_EQ(other.code, 0) << other.err;
   expect_close(run.series("other", "loss"), run.series("traced", "loss"), 1e-5);
 }
@@ -168,7 +178,8 @@ TEST(Train, BalancingLowersTheLoad) {
   const std::string steps = "train.steps=80 ";
   ASSERT_EQ(run.train("none", steps).code, 0);
   ASSERT_EQ(run.train("loss", steps + "balance.loss=micro_batch balance.coefficient=0.3").code, 0);
-  ASSERT_EQ(run.train("bias", steps + "balance.bias_update_rate=0.003 balance.bias_export=drop").code, 0);
+  ASSERT_EQ(
+      run.train("bias", steps + "balance.bias_update_rate=0.003 balance.bias_export=drop").code, 0);
   const auto tail = [&](const char* out) {
     const std::vector<double> load = run.series(out, "load_max");
     return std::accumulate(load.end() - 20, load.end(), 0.0) / 20;
@@ -180,17 +191,20 @@ TEST(Train, BalancingLowersTheLoad) {
 
 TEST(Train, ThePlanIsThePeak) {
   const TinyRun run;
-  for (const char* variant : {"", "train.micro_batch_size=8 data.document_mask=true dtype=bf16",
-                              "optimizer.name=muon train.wgrad_micro_batches=4 balance.loss=sequence",
-                              "checkpoint.background=true checkpoint.every=1"}) {
-    const std::string common = std::string("model=") + PITH_SOURCE_DIR + "/examples/tiny/config.json " +
+  for (const char* variant :
+       {"", "train.micro_batch_size=8 data.document_mask=true dtype=bf16",
+        "optimizer.name=muon train.wgrad_micro_batches=4 balance.loss=sequence",
+        "checkpoint.background=true checkpoint.every=1"}) {
+    const std::string common = std::string("model=") + PITH_SOURCE_DIR +
+                               "/examples/tiny/config.json " +
                                "train.steps=2 data.sequence_length=128 " + variant;
     const std::string out = fmt::format("x{}", std::string(variant).size());
     const Outcome o = run.train(out, common);
     ASSERT_EQ(o.code, 0) << o.err;
     const std::string text = read_file(run.path(out) + "/metrics.jsonl");
     const Value line = parse_json(text.substr(text.find('\n') + 1), "metrics.jsonl");
-    const Outcome p = run_pith("plan " + run.dir / "run.toml" + " out=" + run.path(out) + " " + common);
+    const Outcome p =
+        run_pith("plan " + run.dir / "run.toml" + " out=" + run.path(out) + " " + common);
     ASSERT_EQ(p.code, 0) << p.err;
     const double planned = std::stod(last_line(p.out).substr(std::string("peak_gb ").size()));
     EXPECT_NEAR(line.at("peak_gb").as_real() / planned, 1.0, 0.05) << variant << "\n" << p.out;
@@ -201,8 +215,9 @@ TEST(Train, ASignalSavesAndExits) {
   const TinyRun run;
   for (int signal : {SIGTERM, SIGUSR1}) {
     const std::string out = fmt::format("signal-{}", signal);
-    const std::string command = std::string(PITH_BINARY) + " " + run.arguments(out, "train.steps=100000") + " >" +
-                                run.dir / "log" + " 2>&1";
+    const std::string command = std::string(PITH_BINARY) + " " +
+                                run.arguments(out, "train.steps=100000") + " >" + run.dir / "log" +
+                                " 2>&1";
     const pid_t child = fork();
     if (child == 0) {
       execl("/bin/sh", "sh", "-c", ("exec " + command).c_str(), nullptr);
@@ -211,7 +226,8 @@ TEST(Train, ASignalSavesAndExits) {
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
     while (std::chrono::steady_clock::now() < deadline) {
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
-      if (std::filesystem::exists(run.path(out) + "/metrics.jsonl") && !run.metrics(out).empty()) break;
+      if (std::filesystem::exists(run.path(out) + "/metrics.jsonl") && !run.metrics(out).empty())
+        break;
     }
     kill(child, signal);
     int status = 0;
@@ -219,7 +235,8 @@ TEST(Train, ASignalSavesAndExits) {
     EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << read_file(run.dir / "log");
     const std::string latest = Checkpoints::latest(run.path(out));
     ASSERT_FALSE(latest.empty());
-    EXPECT_NE(latest.find(fmt::format("step-{:08d}", run.metrics(out).size())), std::string::npos) << latest;
+    EXPECT_NE(latest.find(fmt::format("step-{:08d}", run.metrics(out).size())), std::string::npos)
+        << latest;
   }
 }
 
@@ -230,8 +247,9 @@ TEST(Train, KillingAtRandomMomentsLosesNothing) {
   std::mt19937 random(7);
   int64_t reached = 0;
   for (int kills = 0; kills < 20; ++kills) {
-    const std::string command =
-        "exec " + std::string(PITH_BINARY) + " " + run.arguments("killed", settings) + " >" + run.dir / "log" + " 2>&1";
+    const std::string command = "exec " + std::string(PITH_BINARY) + " " +
+                                run.arguments("killed", settings) + " >" + run.dir / "log" +
+                                " 2>&1";
     const pid_t child = fork();
     if (child == 0) {
       execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
@@ -263,7 +281,8 @@ TEST(Train, ANonFiniteGradientStopsTheRunAndNamesTheParameter) {
   const std::string path = run.dir / "bad" + "/model.safetensors";
   std::string bytes = read_file(path);
   const uint64_t header = *reinterpret_cast<const uint64_t*>(bytes.data());
-  for (uint64_t i = entry.begin; i < entry.end; i += 2) bytes.replace(8 + header + i, 2, "\xff\x7f");
+  for (uint64_t i = entry.begin; i < entry.end; i += 2)
+    bytes.replace(8 + header + i, 2, "\xff\x7f");
   write_file_atomic(path, bytes);
   const Outcome o = run.train("x", "train.steps=3 model=" + run.dir / "bad");
   EXPECT_EQ(o.code, 1);
@@ -271,7 +290,8 @@ TEST(Train, ANonFiniteGradientStopsTheRunAndNamesTheParameter) {
   EXPECT_NE(o.err.find("not finite"), std::string::npos) << o.err;
   EXPECT_NE(o.err.find("gradient of model."), std::string::npos) << o.err;
   EXPECT_EQ(Checkpoints::latest(run.path("x")), "");
-  const Outcome named = run.train("y", "train.steps=3 debug.check_finite=true model=" + run.dir / "bad");
+  const Outcome named =
+      run.train("y", "train.steps=3 debug.check_finite=true model=" + run.dir / "bad");
   EXPECT_EQ(named.code, 1);
   EXPECT_NE(named.err.find("qwen3_moe.cpp:"), std::string::npos) << named.err;
 }
@@ -286,7 +306,8 @@ TEST(Train, StartsFromAHuggingFaceDirectory) {
 TEST(Train, BackgroundCheckpointsAreTheSame) {
   const TinyRun run;
   ASSERT_EQ(run.train("front", "train.steps=6 checkpoint.every=2").code, 0);
-  ASSERT_EQ(run.train("back", "train.steps=6 checkpoint.every=2 checkpoint.background=true").code, 0);
+  ASSERT_EQ(run.train("back", "train.steps=6 checkpoint.every=2 checkpoint.background=true").code,
+            0);
   expect_same_checkpoint(run, "front", "back");
 }
 

@@ -1,4 +1,5 @@
-// pith check: a model against itself, after any edit of a model file. Small fp64 runs on random tokens.
+// pith check: a model against itself, after any edit of a model file. Small fp64 runs on random
+// tokens.
 
 #include <unistd.h>
 
@@ -16,8 +17,8 @@ namespace {
 
 constexpr int64_t kRows = 4, kSequence = 16, kLargest = 30'000'000;
 
-// The same architecture, small: sizes that a laptop checks in seconds. Ratios (heads per kv head, chosen of experts) keep
-// their kind.
+// The same architecture, small: sizes that a laptop checks in seconds. Ratios (heads per kv head,
+// chosen of experts) keep their kind.
 Value shrunk(Value config) {
   const std::pair<const char*, int64_t> caps[] = {
       {"num_hidden_layers", 2},      {"hidden_size", 64},       {"num_attention_heads", 4},
@@ -77,7 +78,8 @@ struct Check {
     ok = ok && passed;
   }
 
-  // d loss / d parameter along a random direction against a central difference, for every parameter.
+  // d loss / d parameter along a random direction against a central difference, for every
+  // parameter.
   void derivatives() {
     Run r = make(DType::f64);
     start(r, kRows);

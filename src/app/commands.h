@@ -1,6 +1,6 @@
 #pragma once
-// The subcommands of `pith`, one function each. They return the exit code (0 done or PASS, 1 FAIL) and throw InputError
-// (2) or Error (1).
+// The subcommands of `pith`, one function each. They return the exit code (0 done or PASS, 1 FAIL)
+// and throw InputError (2) or Error (1).
 
 #include <memory>
 #include <string>
@@ -24,7 +24,8 @@ std::unique_ptr<LoadedModel> load_model(const std::string& directory, const std:
                                         int64_t micro_batch_size, bool training);
 
 // `rows` sequences, row after row; labels below 0 are ignored. Positions count from 0 in each.
-Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& labels, int64_t rows);
+Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& labels,
+               int64_t rows);
 
 // input_ids and labels (B, S) int64 of a golden file as one batch on the cpu.
 Batch golden_batch(const class Safetensors& golden, int64_t vocabulary);

@@ -43,9 +43,10 @@ int64_t characters(const std::string& text) {
 
 bool is_space(char c) { return c == ' ' || c == '\n' || c == '\t' || c == '\r'; }
 
-// Log-probability of `choice` after `context`, as lm-evaluation-harness has it: one space between the two unless there
-// is white space already, trailing spaces of the context belong to the continuation, and the continuation's ids are
-// those of the whole text after as many ids as the context alone has.
+// Log-probability of `choice` after `context`, as lm-evaluation-harness has it: one space between
+// the two unless there is white space already, trailing spaces of the context belong to the
+// continuation, and the continuation's ids are those of the whole text after as many ids as the
+// context alone has.
 double choice_score(LoadedModel& loaded, const Tokenizer& tokenizer, std::string context,
                     const std::string& choice) {
   const bool spaced = (!context.empty() && is_space(context.back())) ||

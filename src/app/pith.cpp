@@ -140,8 +140,9 @@ int dispatch(int argc, char** argv) {
 }  // namespace pith
 
 int main(int argc, char** argv) {
-  // Idle OpenMP threads spin for milliseconds by default, which halves the speed as soon as anything
-  // else runs on the machine. The library reads this before main, so the program starts itself again.
+  // Idle OpenMP threads spin for milliseconds by default, which halves the speed as soon as
+  // anything else runs on the machine. The library reads this before main, so the program starts
+  // itself again.
   if (!std::getenv("GOMP_SPINCOUNT") && !std::getenv("OMP_WAIT_POLICY")) {
     setenv("GOMP_SPINCOUNT", "1000", 1);
     execv("/proc/self/exe", argv);  // where that is not possible, the program goes on as it is

@@ -1,4 +1,5 @@
-// pith verify: a model against golden vectors, a tokenizer against cases, a checkpoint against another.
+// pith verify: a model against golden vectors, a tokenizer against cases, a checkpoint against
+// another.
 
 #include <algorithm>
 #include <cmath>

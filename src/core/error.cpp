@@ -34,8 +34,8 @@ void print_frame(void* address) {
 }
 
 void on_crash(int signal) {
-  // The thread that prints, or its alarm, ends the process: demangling allocates, and the crash may hold the
-  // allocator's lock.
+  // The thread that prints, or its alarm, ends the process: demangling allocates, and the crash may
+  // hold the allocator's lock.
   static std::atomic_flag printing;
   while (printing.test_and_set()) ::pause();
   ::alarm(kTraceSeconds);

@@ -1,6 +1,7 @@
 #pragma once
-// Errors: two kinds, both one line for the user. InputError is something the caller can mend (a file, a key, a
-// value: exit code 2); Error is everything else (exit code 1). main() holds the only catch.
+// Errors: two kinds, both one line for the user. InputError is something the caller can mend (a
+// file, a key, a value: exit code 2); Error is everything else (exit code 1). main() holds the only
+// catch.
 
 #include <fmt/core.h>
 
@@ -8,8 +9,9 @@
 
 namespace pith {
 
-// The caller's source line. Every op takes `Loc at = Loc::current()` last, so that a failure in forward or in
-// backward is reported at the line of the model file that called the op; composite ops pass `at` on.
+// The caller's source line. Every op takes `Loc at = Loc::current()` last, so that a failure in
+// forward or in backward is reported at the line of the model file that called the op; composite
+// ops pass `at` on.
 struct Loc {
   const char* file = "?";
   int line = 0;
@@ -37,9 +39,9 @@ template <class... A> [[noreturn]] void fail_input(fmt::format_string<A...> f, A
 // One line on stderr, "warning: ..."; the same text is printed once per process.
 void warn_once(const std::string& text);
 
-// On SIGSEGV, SIGBUS, SIGFPE, SIGILL and SIGABRT: prints the op that was running (see Op) and a C++ stack trace to
-// stderr, then dies of the same signal (of SIGALRM, should
-// printing hang). The trace of an Error is not printed: its message names the line.
+// On SIGSEGV, SIGBUS, SIGFPE, SIGILL and SIGABRT: prints the op that was running (see Op) and a C++
+// stack trace to stderr, then dies of the same signal (of SIGALRM, should printing hang). The trace
+// of an Error is not printed: its message names the line.
 void install_crash_handler();
 
 }  // namespace pith

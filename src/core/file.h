@@ -1,5 +1,6 @@
 #pragma once
-// Files: whole reads, memory maps, and writes that leave either the old file or the new one, never a half.
+// Files: whole reads, memory maps, and writes that leave either the old file or the new one, never
+// a half.
 
 #include <memory>
 #include <span>
@@ -9,8 +10,8 @@ namespace pith {
 
 std::string read_file(const std::string& path);  // InputError "PATH: No such file or directory"
 
-// Writes PATH.tmp, fsyncs, renames over PATH. InputError on no permission or a full disk; PATH is then untouched
-// and PATH.tmp removed.
+// Writes PATH.tmp, fsyncs, renames over PATH. InputError on no permission or a full disk; PATH is
+// then untouched and PATH.tmp removed.
 void write_file_atomic(const std::string& path, std::string_view bytes);
 
 // Appends the bytes of each value, little-endian as the machine is.
@@ -32,8 +33,8 @@ class MappedFile {
   std::string path_;
 };
 
-// An output file written through one descriptor. Every failure (full disk included) throws InputError with the
-// path. close() fsyncs; the destructor closes without a check.
+// An output file written through one descriptor. Every failure (full disk included) throws
+// InputError with the path. close() fsyncs; the destructor closes without a check.
 class OutputFile {
  public:
   explicit OutputFile(const std::string& path, bool append = false);
@@ -51,8 +52,9 @@ class OutputFile {
   int fd_ = -1;
 };
 
-// Holds a run directory for this process, through flock on OUT/.lock, which the kernel releases when the process
-// ends however it ends. InputError naming the holder's process id when another process has it.
+// Holds a run directory for this process, through flock on OUT/.lock, which the kernel releases
+// when the process ends however it ends. InputError naming the holder's process id when another
+// process has it.
 class RunLock : OutputFile {
  public:
   explicit RunLock(const std::string& out);  // `out` must exist

@@ -19,13 +19,14 @@ std::mutex mutex;
 Account accounts[3];
 std::map<std::string, Line> planned, at_peak;  // by name, on meta only: planning may take its time
 
-// Large buffers stay in the heap instead of going back to the kernel: page faults would cost as much as the
-// element-wise ops themselves.
+// Large buffers stay in the heap instead of going back to the kernel: page faults would cost as
+// much as the element-wise ops themselves.
 void* host_memory(size_t bytes) {
   [[maybe_unused]] static const bool configured = mallopt(M_MMAP_THRESHOLD, 1 << 30) &&
                                                   mallopt(M_TRIM_THRESHOLD, INT32_MAX) &&
                                                   mallopt(M_TOP_PAD, 64 << 20);
-  // Not aligned_alloc: glibc cannot give it back a freed chunk of the very same size, so every buffer would be new.
+  // Not aligned_alloc: glibc cannot give it back a freed chunk of the very same size, so every
+  // buffer would be new.
   void* start = std::malloc(bytes + 64);
   if (!start) return nullptr;
   void* p = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(start) + 64) & ~uintptr_t(63));

@@ -1,6 +1,6 @@
 #pragma once
-// Every buffer has a name and is counted, on cpu, cuda and meta alike, so that a run on meta predicts the peak of the
-// real one. This accounting is process-wide because memory is.
+// Every buffer has a name and is counted, on cpu, cuda and meta alike, so that a run on meta
+// predicts the peak of the real one. This accounting is process-wide because memory is.
 
 #include <cstdint>
 #include <string>

@@ -1,6 +1,6 @@
 #pragma once
-// safetensors: u64 header length, JSON header, data. Reading maps the files; nothing is copied until asked.
-// Format: https://github.com/huggingface/safetensors (README, "Format").
+// safetensors: u64 header length, JSON header, data. Reading maps the files; nothing is copied
+// until asked. Format: https://github.com/huggingface/safetensors (README, "Format").
 
 #include <map>
 
@@ -17,10 +17,11 @@ struct SafetensorsEntry {
   int64_t numel() const;
 };
 
-// One file, or a directory holding model.safetensors or model.safetensors.index.json with its shards (`stem` replaces
-// "model"). Hostile headers are rejected with InputError: a length beyond the file, malformed JSON, an unknown dtype,
-// negative or overflowing shapes, offsets outside the data, overlapping or unequal to shape x dtype, an index naming
-// a missing tensor, file or a path outside the directory. The dtypes read are F64 F32 BF16 F8_E4M3 I64 I32 U16 U8.
+// One file, or a directory holding model.safetensors or model.safetensors.index.json with its
+// shards (`stem` replaces "model"). Hostile headers are rejected with InputError: a length beyond
+// the file, malformed JSON, an unknown dtype, negative or overflowing shapes, offsets outside the
+// data, overlapping or unequal to shape x dtype, an index naming a missing tensor, file or a path
+// outside the directory. The dtypes read are F64 F32 BF16 F8_E4M3 I64 I32 U16 U8.
 class Safetensors {
  public:
   explicit Safetensors(const std::string& path, const std::string& stem = "model");
@@ -30,7 +31,8 @@ class Safetensors {
   // InputError "FILE: no tensor NAME"
   const SafetensorsEntry& entry(const std::string& name) const;
   std::span<const std::byte> bytes(const std::string& name) const;
-  // Elements [begin, begin + dst.numel()) in row-major order, converted to dst's floating dtype. dst is on the cpu.
+  // Elements [begin, begin + dst.numel()) in row-major order, converted to dst's floating dtype.
+  // dst is on the cpu.
   void read(const std::string& name, int64_t begin, Tensor& dst) const;
   Tensor load(const std::string& name) const;  // whole tensor, dtype as stored, rank up to 4
   const std::string& path() const { return path_; }
@@ -44,9 +46,10 @@ class Safetensors {
   std::map<std::string, std::string> metadata_;
 };
 
-// Writing is planned first, so that any process can write its own slice at its own offset: add() assigns tensors, in
-// order, to shards of at most `shard_bytes`; create() writes every header (and the index when there is more than one
-// shard) and sizes the files; write() puts elements at their place.
+// Writing is planned first, so that any process can write its own slice at its own offset: add()
+// assigns tensors, in order, to shards of at most `shard_bytes`; create() writes every header (and
+// the index when there is more than one shard) and sizes the files; write() puts elements at their
+// place.
 class SafetensorsWriter {
  public:
   SafetensorsWriter(const std::string& directory, const std::string& stem,

@@ -1,5 +1,6 @@
 #pragma once
-// Tensor: a small value type over shared storage. Rows are contiguous, up to 4 dimensions. No graph, no dispatcher.
+// Tensor: a small value type over shared storage. Rows are contiguous, up to 4 dimensions. No
+// graph, no dispatcher.
 
 #include <bit>
 #include <cstring>
@@ -12,8 +13,8 @@
 namespace pith {
 
 enum class DType : uint8_t { f64, f32, bf16, e4m3, i64, i32, u16, u8 };
-// cpu: host memory. cuda: device memory. meta: shape and bytes but no memory, for planning: ops on meta allocate,
-// count FLOPs and bytes, and run nothing.
+// cpu: host memory. cuda: device memory. meta: shape and bytes but no memory, for planning: ops on
+// meta allocate, count FLOPs and bytes, and run nothing.
 enum class Device : uint8_t { cpu, cuda, meta };
 
 size_t size_of(DType t);
@@ -53,7 +54,8 @@ template <> constexpr DType dtype_of<int32_t>() { return DType::i32; }
 template <> constexpr DType dtype_of<uint16_t>() { return DType::u16; }
 template <> constexpr DType dtype_of<uint8_t>() { return DType::u8; }
 
-// Calls f with a value of the C++ type of a floating dtype: by_float(t, [&](auto z) { using T = decltype(z); ... }).
+// Calls f with a value of the C++ type of a floating dtype: by_float(t, [&](auto z) { using T =
+// decltype(z); ... }).
 template <class F> decltype(auto) by_float(DType t, F&& f) {
   switch (t) {
     case DType::f64: return f(double{});
@@ -108,7 +110,8 @@ class Tensor {
   Device device() const { return device_; }
   uint64_t id() const { return id_; }  // identity for the tape: equal for a tensor and its reshapes
 
-  // Checked typed pointer; throws on the wrong dtype or on meta. data<T>() of a const Tensor is const.
+  // Checked typed pointer; throws on the wrong dtype or on meta. data<T>() of a const Tensor is
+  // const.
   template <class T> T* data() { return static_cast<T*>(raw(dtype_of<T>())); }
   template <class T> const T* data() const { return static_cast<const T*>(raw(dtype_of<T>())); }
   template <class T> std::span<T> span() { return {data<T>(), size_t(numel())}; }
@@ -119,7 +122,8 @@ class Tensor {
   Tensor reshape(Shape shape) const;  // same memory, same identity
   // Same memory, new identity: no gradient flows through it.
   Tensor row_range(int64_t begin, int64_t end) const;
-  // No memory, same identity and shape: all that a backward closure needs of a tensor whose values it does not read.
+  // No memory, same identity and shape: all that a backward closure needs of a tensor whose values
+  // it does not read.
   Tensor identity() const;
   Tensor clone(const char* name) const { return to(dtype_, name); }
   Tensor to(DType dtype, const char* name) const;  // cpu and meta

@@ -1,6 +1,6 @@
 #pragma once
-// One small tree for JSON and TOML. The parsers (nlohmann-json, toml++) are each in one translation unit,
-// value_json.cpp and value_toml.cpp; everybody else sees only this type.
+// One small tree for JSON and TOML. The parsers (nlohmann-json, toml++) are each in one translation
+// unit, value_json.cpp and value_toml.cpp; everybody else sees only this type.
 
 #include <cstdint>
 #include <string>
@@ -30,8 +30,9 @@ class Value {
   bool is(Kind k) const { return kind_ == k; }
   bool is_null() const { return is(Kind::null); }
 
-  // Checked access. A wrong kind throws InputError: "<where>: expected a string, got integer 3", where `where` is
-  // the file (with the line for TOML) and the dotted path of this value ("run.toml:12: train.steps").
+  // Checked access. A wrong kind throws InputError: "<where>: expected a string, got integer 3",
+  // where `where` is the file (with the line for TOML) and the dotted path of this value
+  // ("run.toml:12: train.steps").
   bool as_bool() const { return check(Kind::boolean, integer_, "a boolean") != 0; }
   int64_t as_int() const;  // an integer, or a real without a fraction
   double as_real() const;  // an integer or a real
@@ -53,8 +54,9 @@ class Value {
   // InputError "<where>: expected ..., got ..."
   [[noreturn]] void reject(const std::string& expected) const;
 
-  // Compact JSON on one line (indent < 0) or pretty-printed. Reals print with the digits that round-trip; a
-  // non-finite real prints as null. Invalid UTF-8 in a string is replaced by U+FFFD, never an exception.
+  // Compact JSON on one line (indent < 0) or pretty-printed. Reals print with the digits that
+  // round-trip; a non-finite real prints as null. Invalid UTF-8 in a string is replaced by U+FFFD,
+  // never an exception.
   std::string json(int indent = -1) const;
 
  private:
@@ -73,12 +75,14 @@ class Value {
   std::vector<Member> members_;
 };
 
-// `name` is what messages call the text (a file name). Malformed text, duplicate keys, invalid UTF-8 and nesting
-// deeper than 100 throw InputError with line and column. JSON: integers beyond int64 become reals.
+// `name` is what messages call the text (a file name). Malformed text, duplicate keys, invalid
+// UTF-8 and nesting deeper than 100 throw InputError with line and column. JSON: integers beyond
+// int64 become reals.
 Value parse_json(std::string_view text, const std::string& name);
 Value parse_toml(std::string_view text, const std::string& name);
 
-// `text` for a one-line message: escaped as in JSON, without the quotes, and cut after `limit` bytes with "...".
+// `text` for a one-line message: escaped as in JSON, without the quotes, and cut after `limit`
+// bytes with "...".
 std::string printable(std::string_view text, size_t limit = 80);
 
 }  // namespace pith

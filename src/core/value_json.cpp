@@ -12,7 +12,8 @@ namespace {
 using Json = nlohmann::ordered_json;
 constexpr size_t kMaxDepth = 100;
 
-// Builds the tree from the parser's events; what it refuses, it throws, with the place the parser has reached.
+// Builds the tree from the parser's events; what it refuses, it throws, with the place the parser
+// has reached.
 struct Builder {
   struct Level {
     Value* value;  // stays in place: what holds it does not grow before it is closed

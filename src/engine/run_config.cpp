@@ -165,7 +165,8 @@ std::string suggestion(const std::string& key) {
 
 using Found = std::map<std::string, Value>;  // by dotted key
 
-// Puts the known keys of `v`, which stands under `key` ("" for a whole file), in place of what was found before.
+// Puts the known keys of `v`, which stands under `key` ("" for a whole file), in place of what was
+// found before.
 void collect(const Value& v, const std::string& key, Found& found) {
   const std::vector<std::string> known = known_keys();
   const std::string prefix = key.empty() ? "" : key + ".";
