@@ -56,7 +56,7 @@ std::string locate(const std::string& file) {
   const char* path = std::getenv("PATH");
   std::istringstream directories(path ? path : "/usr/bin");
   for (std::string directory; std::getline(directories, directory, ':');) {
-    const std::string program = directory + "/" + file;
+    std::string program = directory + "/" + file;
     if (::access(program.c_str(), X_OK) == 0) return program;
   }
   return "";

@@ -29,8 +29,8 @@ void* host_memory(size_t bytes) {
   // buffer would be new.
   void* start = std::malloc(bytes + 64);
   if (!start) return nullptr;
-  void* p = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(start) + 64) & ~uintptr_t(63));
-  static_cast<void**>(p)[-1] = start;  // malloc aligns to 16, so there is room
+  char* p = static_cast<char*>(start) + 64 - (reinterpret_cast<uintptr_t>(start) & 63);
+  reinterpret_cast<void**>(p)[-1] = start;  // malloc aligns to 16, so there is room
   return p;
 }
 

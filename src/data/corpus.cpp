@@ -179,7 +179,7 @@ void CorpusWriter::flush_to_disk() {
 void CorpusWriter::write_index() {
   const MappedFile lengths(prefix_ + ".len.partial");
   OutputFile out(prefix_ + ".idx.partial");
-  std::string buffer(kMagic, 9);
+  std::string buffer(std::begin(kMagic), std::begin(kMagic) + 9);
   const auto put = [&](auto value) {
     buffer.append(reinterpret_cast<const char*>(&value), sizeof value);
     if (buffer.size() < kBuffer) return;

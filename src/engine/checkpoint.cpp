@@ -90,7 +90,7 @@ void read_parts(const Safetensors& file, std::vector<Part>& parts,
     wanted.insert(part.name);
   }
   for (const auto& [name, entry] : file.entries()) {
-    const auto matches = [&](auto& pattern) {
+    const auto matches = [&name = name](auto& pattern) {
       return fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
     };
     if (!wanted.count(name) && std::ranges::none_of(ignored, matches))

@@ -276,11 +276,12 @@ Tensor expert_fractions(Tape& tape, const Tensor& ids, int64_t experts, int64_t 
              "ids must be [T, K] with T a positive multiple of {} groups", groups);
   const DType wide = master_dtype(op.context().dtype);
   Tensor fractions = op.workspace("expert_fractions", {groups, experts}, wide);
+  const int64_t choices = ids.numel() / groups;  // of one group; exact
   op.run({.bytes = double(ids.nbytes())}, [&] {
     fractions.fill_zero();
     count_ids(ids, groups, fractions);
     by_wide(fractions, [&](auto z) {
-      for (auto& f : fractions.span<decltype(z)>()) f /= decltype(z)(ids.numel() / groups);
+      for (auto& f : fractions.span<decltype(z)>()) f /= decltype(z)(choices);
     });
   });
   return fractions;
