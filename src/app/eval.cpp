@@ -5,6 +5,7 @@
 #include <filesystem>
 
 #include "app/commands.h"
+#include "core/file.h"
 #include "core/safetensors.h"
 #include "data/tokenizer.h"
 #include "engine/checkpoint.h"
@@ -14,6 +15,8 @@ namespace {
 
 int64_t positions_of(const std::string& model, int64_t wanted) {
   if (wanted > 0) return wanted;
+  if (const std::string run = model + "/trainer/run.toml"; std::filesystem::exists(run))
+    return parse_toml(read_file(run), run).at("data").at("sequence_length").as_int();
   const Value config = read_model_config(model);
   const Value* limit = config.find("max_position_embeddings");
   return std::min<int64_t>(2048, limit && !limit->is_null() ? limit->as_int() : 2048);

@@ -80,7 +80,8 @@ int dispatch(int argc, char** argv) {
   e->add_option("--dump", ev.dump, "with --golden: where logits and loss go");
   e->add_option("--dtype", ev.dtype, "fp32 or bf16")->capture_default_str();
   e->add_option("--device", ev.device, "cpu or cuda")->capture_default_str();
-  e->add_option("--sequence-length", ev.sequence_length, "default: the model's, at most 2048");
+  e->add_option("--sequence-length", ev.sequence_length,
+                "default: that of its training, else the model's up to 2048");
   e->add_option("--batch-size", ev.batch_size, "sequences at once")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
