@@ -13,9 +13,10 @@
 namespace pith {
 namespace {
 
-int64_t positions_of(const std::string& model, int64_t wanted) {
+int64_t positions_of(const std::string& model, int64_t wanted, bool as_trained) {
   if (wanted > 0) return wanted;
-  if (const std::string run = model + "/trainer/run.toml"; std::filesystem::exists(run))
+  const std::string run = model + "/trainer/run.toml";
+  if (as_trained && std::filesystem::exists(run))
     return parse_toml(read_file(run), run).at("data").at("sequence_length").as_int();
   const Value config = read_model_config(model);
   const Value* limit = config.find("max_position_embeddings");
@@ -23,7 +24,7 @@ int64_t positions_of(const std::string& model, int64_t wanted) {
 }
 
 int eval_corpus(const EvalOptions& o) {
-  const int64_t sequence = positions_of(o.model, o.sequence_length);
+  const int64_t sequence = positions_of(o.model, o.sequence_length, true);
   auto loaded = load_model(o.model, o.dtype, o.device, sequence, o.batch_size, false);
   const Loader loader =
       Loader::sequential({o.data}, sequence, loaded->model->size.vocabulary, false);
@@ -81,8 +82,8 @@ double choice_score(LoadedModel& loaded, const Tokenizer& tokenizer, std::string
 
 int eval_choices(const EvalOptions& o) {
   const Tokenizer tokenizer(o.model);
-  auto loaded =
-      load_model(o.model, o.dtype, o.device, positions_of(o.model, o.sequence_length), 1, false);
+  auto loaded = load_model(o.model, o.dtype, o.device,
+                           positions_of(o.model, o.sequence_length, false), 1, false);
   const std::string text = read_file(o.choices);
   int64_t questions = 0, right = 0, right_by_length = 0, line_number = 0;
   for (size_t begin = 0; begin < text.size();) {
