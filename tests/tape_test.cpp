@@ -169,5 +169,10 @@ TEST(Tensor, Bf16RoundsToNearestEvenAndKeepsNaN) {
   EXPECT_TRUE(std::isinf(float(bf16(3.4e38f))));
 }
 
+TEST(Tensor, RelativeL2) {
+  EXPECT_EQ(relative_l2({3, 4, 1}, {3, 0, 4}), 1.0);
+  EXPECT_EQ(relative_l2({3, 4}, {0, 0}), 5.0);  // absolute where the reference is zero
+}
+
 }  // namespace
 }  // namespace pith

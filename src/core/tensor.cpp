@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 
 #include "core/memory.h"
 
@@ -137,5 +138,14 @@ template std::vector<double> Tensor::to_vector() const;
 template std::vector<float> Tensor::to_vector() const;
 template std::vector<int64_t> Tensor::to_vector() const;
 template std::vector<int32_t> Tensor::to_vector() const;
+
+double relative_l2(const std::vector<double>& a, const std::vector<double>& reference) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    difference += (a[i] - reference[i]) * (a[i] - reference[i]);
+    norm += reference[i] * reference[i];
+  }
+  return std::sqrt(norm > 0 ? difference / norm : difference);
+}
 
 }  // namespace pith

@@ -143,4 +143,7 @@ class Tensor {
   uint64_t id_ = 0;
 };
 
+// |a - reference| / |reference|, or |a - reference| where the reference is zero.
+double relative_l2(const std::vector<double>& a, const std::vector<double>& reference);
+
 }  // namespace pith
