@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 
+#include "core/cuda.h"
 #include "core/tensor.h"
 
 namespace pith::memory {
@@ -43,9 +44,11 @@ Account account(Device device) {
 
 void* allocate(size_t bytes, Device device, const char* name) {
   void* p = nullptr;
-  if (device == Device::cpu && !(p = host_memory(bytes)))
-    fail("out of memory: {} needs {} bytes, {} are live", name, bytes, live(device));
-  if (device == Device::cuda) fail("this build has no CUDA: {} cannot be allocated on a GPU", name);
+  if (device == Device::cpu) p = host_memory(bytes);
+  if (device == Device::cuda) p = cuda::allocate(bytes);
+  if (device != Device::meta && !p)
+    fail("out of {} memory: {} needs {} bytes, {} are live", name_of(device), name, bytes,
+         live(device));
   std::lock_guard lock(mutex);
   Account& a = accounts[int(device)];
   const bool new_peak = (a.live += bytes) > a.peak;
@@ -58,7 +61,8 @@ void* allocate(size_t bytes, Device device, const char* name) {
 }
 
 void release(void* p, size_t bytes, Device device, const char* name) {
-  if (p) std::free(static_cast<void**>(p)[-1]);
+  if (device == Device::cpu && p) std::free(static_cast<void**>(p)[-1]);
+  if (device == Device::cuda) cuda::release(p);
   std::lock_guard lock(mutex);
   accounts[int(device)].live -= bytes;
   if (device != Device::meta) return;

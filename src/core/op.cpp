@@ -95,8 +95,14 @@ bool Op::start(Cost cost) {
   ++c.ops;
   cost_ = cost;
   if (c.timeline) begin_ns_ = now_ns();
-  if (c.device == Device::cuda) reject("has no CUDA kernel in this build");
-  return c.device == Device::cpu;
+  return c.device != Device::meta;
+}
+
+void Op::run_on_host(const std::function<void()>& cpu) const {
+  warn_once(fmt::format("{} has no CUDA kernel: it runs on the host", name_));
+  HostView view;
+  cpu();
+  view.write_back();
 }
 
 void Op::finish() {

@@ -14,6 +14,7 @@
 //     return y;
 //   }
 
+#include "core/cuda.h"
 #include "core/tape.h"
 
 namespace pith {
@@ -44,19 +45,26 @@ class Op {
   // Scratch memory, freed with the last copy of the tensor; counted like every buffer.
   Tensor workspace(const char* name, Shape shape, DType dtype);
 
-  // Runs `cpu` on cpu tensors; on meta only the cost is counted. Anything it throws is reported at
-  // this op's line.
-  template <class F> void run(Cost cost, F&& cpu) {
-    if (start(cost)) {
-      try {
+  // Runs `cpu` on cpu tensors, `cuda` on cuda tensors; on meta only the cost is counted. Where there
+  // is no `cuda`, an op runs on the host, with copies and a warning. `cuda` takes the stream as
+  // `auto`, so that nothing of it is compiled without CUDA. Anything they throw is reported at this
+  // op's line.
+  struct OnHost {};
+  template <class Cpu, class Cuda = OnHost> void run(Cost cost, Cpu&& cpu, Cuda&& cuda = {}) {
+    if (!start(cost)) return;
+    try {
+      if (tape_.context.device == Device::cpu)
         cpu();
-      } catch (const OpError&) {
-        throw;
-      } catch (const std::exception& e) {
-        reject(e.what());
-      }
-      finish();
+      else if constexpr (std::is_same_v<std::decay_t<Cuda>, OnHost>)
+        run_on_host(cpu);
+      else if constexpr (cuda::kBuilt)
+        cuda(cuda::stream());
+    } catch (const OpError&) {
+      throw;
+    } catch (const std::exception& e) {
+      reject(e.what());
     }
+    finish();
   }
 
   // Appends the closure that computes input gradients; dropped unless the tape records. It is
@@ -86,6 +94,7 @@ class Op {
   friend class Tape;
   Op(Tape& tape, const Tape::Entry& entry);  // backward of an entry
   bool start(Cost cost);
+  void run_on_host(const std::function<void()>& cpu) const;
   void finish();
   void check_written() const;
   std::string arguments() const;

@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <map>
+#include <mutex>
 
+#include "core/cuda.h"
 #include "core/memory.h"
 
 namespace pith {
@@ -14,6 +17,16 @@ constexpr std::pair<const char*, size_t> kDTypes[] = {{"fp64", 8},   {"fp32", 4}
                                                       {"uint16", 2}, {"uint8", 1}};
 constexpr const char* kDevices[] = {"cpu", "cuda", "meta"};
 std::atomic<uint64_t> last_id{0};
+
+// The copies of a HostView, by the memory they are of.
+struct HostCopy {
+  std::shared_ptr<void> keep;
+  std::vector<std::byte> bytes;
+  bool written = false;
+};
+std::mutex host_mutex;
+std::map<void*, HostCopy> host_copies;
+bool host_view = false;
 }  // namespace
 
 size_t size_of(DType t) { return kDTypes[int(t)].second; }
@@ -48,10 +61,17 @@ std::string Shape::str() const {
   return s + "]";
 }
 
+struct Tensor::Storage {
+  void* data;  // on meta it points nowhere
+  size_t bytes;
+  Device device;
+  const char* name;
+  ~Storage() { memory::release(data, bytes, device, name); }
+};
+
 Tensor::Tensor(Shape shape, DType dtype, Device device, const char* name)
     : shape_(shape), dtype_(dtype), device_(device), id_(++last_id) {
-  const auto release = [=, n = nbytes()](void* p) { memory::release(p, n, device, name); };
-  storage_ = {memory::allocate(nbytes(), device, name), release};
+  storage_.reset(new Storage{memory::allocate(nbytes(), device, name), nbytes(), device, name});
 }
 
 Tensor Tensor::zeros(Shape shape, DType dtype, Device device, const char* name) {
@@ -60,11 +80,33 @@ Tensor Tensor::zeros(Shape shape, DType dtype, Device device, const char* name) 
   return t;
 }
 
-void* Tensor::raw(DType want) const {
+void* Tensor::raw(DType want, bool writes) const {
   if (dtype_ != want) fail("a {} tensor was read as {}", str(), name_of(want));
   if (!*this) fail("an empty tensor has no data");
   if (device_ == Device::meta) fail("a meta tensor {} has no data", shape_.str());
-  return static_cast<std::byte*>(storage_.get()) + offset_;
+  void* data = storage_->data;
+  if (device_ == Device::cuda && host_view) {
+    const std::lock_guard lock(host_mutex);
+    HostCopy& copy = host_copies[data];
+    if (!copy.keep) {
+      copy.keep = storage_;
+      copy.bytes.resize(storage_->bytes);
+      cuda::copy(copy.bytes.data(), data, storage_->bytes);
+    }
+    copy.written |= writes;
+    data = copy.bytes.data();
+  }
+  return static_cast<std::byte*>(data) + offset_;
+}
+
+HostView::HostView() { host_view = true; }
+HostView::~HostView() {
+  host_view = false;
+  host_copies.clear();
+}
+void HostView::write_back() {
+  for (const auto& [data, copy] : host_copies)
+    if (copy.written) cuda::copy(data, copy.bytes.data(), copy.bytes.size());
 }
 
 Tensor Tensor::reshape(Shape shape) const {
@@ -96,17 +138,30 @@ Tensor Tensor::to(DType dtype, const char* name) const {
   return t;
 }
 
+Tensor Tensor::on(Device device) const {
+  if (device == device_) return *this;
+  Tensor t(shape_, dtype_, device, "copy");
+  t.copy_from(*this);
+  return t;
+}
+
 void Tensor::fill_zero() {
-  if (device_ == Device::cpu && nbytes()) std::memset(raw(), 0, nbytes());
+  if (device_ == Device::meta || nbytes() == 0) return;
+  if (device_ == Device::cuda && !host_view)
+    cuda::fill_zero(raw(), nbytes());
+  else
+    std::memset(raw(), 0, nbytes());
 }
 
 void Tensor::copy_from(const Tensor& src) {
   if (src.numel() != numel()) fail("cannot copy {} into {}", src.str(), str());
-  if (device_ == Device::meta || numel() == 0) return;
+  if (device_ == Device::meta || src.device_ == Device::meta || numel() == 0) return;
+  const bool on_gpu = (device_ == Device::cuda || src.device_ == Device::cuda) && !host_view;
   if (src.dtype_ == dtype_) {
-    std::memcpy(raw(), src.raw(), nbytes());
+    on_gpu ? cuda::copy(raw(), src.raw(), nbytes()) : void(std::memcpy(raw(), src.raw(), nbytes()));
     return;
   }
+  if (on_gpu) return copy_from(src.on(Device::cpu).to(dtype_, "copy").on(device_));
   by_float(dtype_, [&](auto d) {
     by_float(src.dtype_, [&](auto s) {
       const auto* in = src.data<decltype(s)>();
@@ -126,7 +181,8 @@ std::string Tensor::str() const {
 
 template <class T> std::vector<T> Tensor::to_vector() const {
   std::vector<T> out(static_cast<size_t>(numel()));
-  const auto copy = [&](auto z) { std::ranges::copy(span<decltype(z)>(), out.begin()); };
+  const Tensor host = on(Device::cpu);
+  const auto copy = [&](auto z) { std::ranges::copy(host.span<decltype(z)>(), out.begin()); };
   switch (dtype_) {
     case DType::i64: copy(int64_t{}); break;
     case DType::i32: copy(int32_t{}); break;

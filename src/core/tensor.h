@@ -98,7 +98,7 @@ class Tensor {
     return t;
   }
 
-  explicit operator bool() const { return storage_.use_count() > 0; }  // on meta it points nowhere
+  explicit operator bool() const { return storage_ != nullptr; }
   const Shape& shape() const { return shape_; }
   int rank() const { return shape_.rank(); }
   int64_t dim(int i) const { return shape_[i]; }
@@ -112,12 +112,12 @@ class Tensor {
 
   // Checked typed pointer; throws on the wrong dtype or on meta. data<T>() of a const Tensor is
   // const.
-  template <class T> T* data() { return static_cast<T*>(raw(dtype_of<T>())); }
-  template <class T> const T* data() const { return static_cast<const T*>(raw(dtype_of<T>())); }
+  template <class T> T* data() { return static_cast<T*>(raw(dtype_of<T>(), true)); }
+  template <class T> const T* data() const { return static_cast<T*>(raw(dtype_of<T>(), false)); }
   template <class T> std::span<T> span() { return {data<T>(), size_t(numel())}; }
   template <class T> std::span<const T> span() const { return {data<T>(), size_t(numel())}; }
-  void* raw() { return raw(dtype_); }
-  const void* raw() const { return raw(dtype_); }
+  void* raw() { return raw(dtype_, true); }
+  const void* raw() const { return raw(dtype_, false); }
 
   Tensor reshape(Shape shape) const;  // same memory, same identity
   // Same memory, new identity: no gradient flows through it.
@@ -126,16 +126,19 @@ class Tensor {
   // it does not read.
   Tensor identity() const;
   Tensor clone(const char* name) const { return to(dtype_, name); }
-  Tensor to(DType dtype, const char* name) const;  // cpu and meta
+  Tensor to(DType dtype, const char* name) const;
+  Tensor on(Device device) const;  // itself if it is there, else a copy; to meta: no memory
   void fill_zero();
-  void copy_from(const Tensor& src);  // same shape; converts floating dtypes
-  std::string str() const;            // "bf16[4, 128] cpu"
+  void copy_from(
+      const Tensor& src);   // as many elements; converts floating dtypes, between devices too
+  std::string str() const;  // "bf16[4, 128] cpu"
   // Converted copy, for tests and small results.
   template <class T> std::vector<T> to_vector() const;
 
  private:
-  void* raw(DType want) const;
-  std::shared_ptr<void> storage_;
+  struct Storage;
+  void* raw(DType want, bool writes) const;
+  std::shared_ptr<Storage> storage_;
   size_t offset_ = 0;  // bytes
   Shape shape_;
   DType dtype_ = DType::f32;
@@ -145,5 +148,13 @@ class Tensor {
 
 // |a - reference| / |reference|, or |a - reference| where the reference is zero.
 double relative_l2(const std::vector<double>& a, const std::vector<double>& reference);
+
+// While one exists, data() of cuda tensors gives copies in host memory, and what was asked for to
+// write goes back at the end: so that an op without a CUDA kernel runs on the host.
+struct HostView {
+  HostView();
+  ~HostView();
+  void write_back();
+};
 
 }  // namespace pith

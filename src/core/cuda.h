@@ -1,0 +1,33 @@
+#pragma once
+// One GPU as the rest of core sees it. Everything is ordered on one stream. In a build without CUDA
+// these functions throw.
+
+#include <cstddef>
+
+struct CUstream_st;
+
+namespace pith::cuda {
+
+using Stream = CUstream_st*;
+
+#ifdef PITH_CUDA
+constexpr bool kBuilt = true;
+#else
+constexpr bool kBuilt = false;
+#endif
+
+// InputError that says what is missing: CUDA in this build, the driver, a GPU, or one of the
+// architecture that the kernels are built for.
+void require_device();
+bool is_available();
+
+void* allocate(size_t bytes);  // nullptr when there is no such piece of memory left
+void release(void* p);         // what was launched before may still use it
+// Between device and device, or device and host, either way. Done on return if the host has part
+// in it.
+void copy(void* to, const void* from, size_t bytes);
+void fill_zero(void* p, size_t bytes);
+void synchronize();
+Stream stream();
+
+}  // namespace pith::cuda
