@@ -3,13 +3,9 @@
 // checks. All are asynchronous on `stream`, read and write device memory only, and may be called again before they
 // have run. Shapes, dtypes and formulas are those of the op in name.h; "wide" is fp32.
 
-#include "core/op.h"
-
-struct CUstream_st;
+#include "ops/attention.h"
 
 namespace pith::cuda {
-
-using Stream = CUstream_st*;
 
 // grouped_gemm.cu. Rows [offsets[e], offsets[e + 1]) belong to expert e; w is [E, N, K]; no host reads offsets.
 // y[R, N] = x[R, K] w[e]^T. Rows behind the last expert's are not written.
@@ -20,5 +16,42 @@ void grouped_input_gradient(const Tensor& dy, const Tensor& w, const Tensor& off
 // dw[e][N, K] (+)= the sum over the records of dy[rows of e, N]^T x[rows of e, K]. One pass over dw for up to 8
 // records. fp32 or bf16 dw.
 void grouped_weight_gradient(std::span<const WgradRecord* const> records, Op::Into dw, Stream);
+
+// norm.cu. delta and dsum may be empty; sum is x itself without a delta. parts: fp32 [norm_parts(T), H].
+void add_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& w, Tensor y, Tensor sum,
+                  Tensor rstd, float eps, Stream);
+int norm_parts(int64_t rows);
+void add_rms_norm_backward(const Tensor& sum, const Tensor& dy, const Tensor& dsum, const Tensor& w,
+                           const Tensor& rstd, Op::Into dx, Op::Into ddelta, Op::Into dw,
+                           Tensor parts, Stream);
+
+// experts.cu. counts: i32 [order_workspace(pairs, experts)]; up to 512 experts.
+int64_t order_workspace(int64_t pairs, int64_t experts);
+void order_by_expert(const Tensor& ids, int64_t experts, Tensor offsets, Tensor slots, Tensor pairs,
+                     Tensor counts, Stream);
+// to[n] (+)= from[slots[n] / K] for the pairs in use; the tail is zeros.
+void spread_rows(const Tensor& from, const Tensor& slots, const Tensor& offsets, int64_t top_k,
+                 Tensor to, bool add, Stream);
+// to[t] (+)= the sum of from[pairs[t, k]] over k, in fp32.
+void collect_rows(const Tensor& from, const Tensor& pairs, Tensor to, bool add, Stream);
+void swiglu(const Tensor& gate_up, const Tensor& weights, const Tensor& slots,
+            const Tensor& offsets, Tensor y, Stream);
+void swiglu_backward(const Tensor& gate_up, const Tensor& weights, const Tensor& slots,
+                     const Tensor& offsets, const Tensor& dy, Op::Into d, Op::Into dweights,
+                     Stream);
+
+// rope.cu. parts: fp32 [rope_parts(), 2, D].
+struct QkNormRope {
+  Tensor qkv;
+  const Param *q_norm, *k_norm;
+  float eps;
+  RopeTable rope;
+  Tensor positions;
+  AttentionShape shape;
+};
+void qk_norm_rope(const QkNormRope& q, Tensor y, Stream);
+int rope_parts();
+void qk_norm_rope_backward(const QkNormRope& q, const Tensor& dy, Op::Into dx, Op::Into dw_q,
+                           Op::Into dw_k, Tensor parts, Stream);
 
 }  // namespace pith::cuda

@@ -1,0 +1,158 @@
+#include "ops/cuda.h"
+#include "ops/cuda_helpers.cuh"
+
+// A block of threads holds a row in registers: one pass over memory.
+
+namespace pith::cuda {
+namespace {
+
+constexpr int kPieces = 4;  // of V elements that a thread holds at most
+constexpr int kPartBlocks = 264;
+
+template <class T, int V>
+__global__ void forward(const T* x, const T* delta, const T* w, T* y, T* sum, float* rstd, int h,
+                        float eps) {
+  __shared__ float scratch[32];
+  const int64_t row = int64_t(blockIdx.x) * h;
+  float v[kPieces][V], squares = 0;
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    const int j = (p * blockDim.x + threadIdx.x) * V;
+    if (j >= h) break;
+    load<V>(x + row + j, v[p]);
+    if (delta) {
+      float d[V];
+      load<V>(delta + row + j, d);
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[p][i] = rounded<T>(v[p][i] + d[i]);
+      store<V>(sum + row + j, v[p]);
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) squares += v[p][i] * v[p][i];
+  }
+  const float r = 1 / sqrtf(block_sum(squares, scratch) / h + eps);
+  if (threadIdx.x == 0) rstd[blockIdx.x] = r;
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    const int j = (p * blockDim.x + threadIdx.x) * V;
+    if (j >= h) break;
+    float weight[V];
+    load<V>(w + j, weight);
+#pragma unroll
+    for (int i = 0; i < V; ++i) v[p][i] = rounded<T>(v[p][i] * r) * weight[i];
+    store<V>(y + row + j, v[p]);
+  }
+}
+
+template <class T> struct Gradient {
+  T* to;
+  bool add;
+};
+
+// See the CPU kernel for the formula. Every block sums dw over its rows in registers.
+template <class T, int V>
+__global__ void backward(const T* x, const T* dy, const T* dsum, const T* w, const float* rstd,
+                         Gradient<T> dx, Gradient<T> ddelta, float* parts, int rows, int h) {
+  __shared__ float scratch[32];
+  float dw[kPieces][V] = {};
+  for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
+    const int64_t row = r * h;
+    const float scale = rstd[r];
+    float v[kPieces][V], g[kPieces][V], dot = 0;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      const int j = (p * blockDim.x + threadIdx.x) * V;
+      if (j >= h) break;
+      float weight[V];
+      load<V>(x + row + j, v[p]);
+      load<V>(dy + row + j, g[p]);
+      load<V>(w + j, weight);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const float n = v[p][i] * scale;
+        dw[p][i] += g[p][i] * rounded<T>(n);
+        g[p][i] *= weight[i];
+        dot += g[p][i] * n;
+      }
+    }
+    const float mean = scale * scale * block_sum(dot, scratch) / h;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      const int j = (p * blockDim.x + threadIdx.x) * V;
+      if (j >= h) break;
+      float extra[V] = {};
+      if (dsum) load<V>(dsum + row + j, extra);
+#pragma unroll
+      for (int i = 0; i < V; ++i) g[p][i] = g[p][i] * scale - v[p][i] * mean + extra[i];
+      if (dx.to) store<V>(dx.to + row + j, g[p], dx.add);
+      if (ddelta.to) store<V>(ddelta.to + row + j, g[p], ddelta.add);
+    }
+  }
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    const int j = (p * blockDim.x + threadIdx.x) * V;
+    if (j < h) store<V>(parts + int64_t(blockIdx.x) * h + j, dw[p]);
+  }
+}
+
+// Whole warps that hold a row of h elements in kPieces pieces of V a thread.
+int threads_for(int64_t h, int v) {
+  const int64_t threads = (h + v - 1) / v;
+  if (threads > 1024 * kPieces) fail("rows of {} are too long for the CUDA norm", h);
+  const int64_t pieces = threads <= 512 ? 1 : kPieces;
+  return int(((threads + pieces - 1) / pieces + 31) / 32 * 32);
+}
+
+__global__ void column_sums(const float* parts, int rows, int n, int stride, float* out, bool add) {
+  const int j = blockIdx.x * blockDim.x + threadIdx.x;
+  if (j >= n) return;
+  float sum = 0;
+  for (int r = 0; r < rows; ++r) sum += parts[int64_t(r) * stride + j];
+  out[j] = (add ? out[j] : 0) + sum;
+}
+
+}  // namespace
+
+void sum_parts(const float* parts, int rows, int n, int stride, float* out, bool add,
+               cudaStream_t stream) {
+  column_sums<<<blocks_for(n, 128), 128, 0, stream>>>(parts, rows, n, stride, out, add);
+  check(cudaGetLastError());
+}
+
+void add_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& w, Tensor y, Tensor sum,
+                  Tensor rstd, float eps, Stream stream) {
+  const int rows = int(x.dim(0)), h = int(x.dim(1));
+  if (rows == 0) return;
+  by_vector(x.dtype(), h, {x, delta, w, y, sum}, [&](auto z, auto v) {
+    using T = decltype(z);
+    forward<T, v><<<rows, threads_for(h, v), 0, stream>>>(
+        data<const T>(x), delta ? data<const T>(delta) : nullptr, data<const T>(w), data<T>(y),
+        data<T>(sum), data<float>(rstd), h, eps);
+    check(cudaGetLastError());
+  });
+}
+
+int norm_parts(int64_t rows) { return int(std::min<int64_t>(rows, kPartBlocks)); }
+
+void add_rms_norm_backward(const Tensor& sum, const Tensor& dy, const Tensor& dsum, const Tensor& w,
+                           const Tensor& rstd, Op::Into dx, Op::Into ddelta, Op::Into dw,
+                           Tensor parts, Stream stream) {
+  const int rows = int(sum.dim(0)), h = int(sum.dim(1));
+  by_vector(sum.dtype(), h, {sum, dy, dsum, w, dx.tensor, ddelta.tensor}, [&](auto z, auto v) {
+    using T = decltype(z);
+    const auto into = [](const Op::Into& g) {
+      return Gradient<T>{g ? data<T>(g.tensor) : nullptr, g.add};
+    };
+    if (rows > 0)
+      backward<T, v><<<int(parts.dim(0)), threads_for(h, v), 0, stream>>>(
+          data<const T>(sum), data<const T>(dy), dsum ? data<const T>(dsum) : nullptr,
+          data<const T>(w), data<const float>(rstd), into(dx), into(ddelta), data<float>(parts),
+          rows, h);
+    check(cudaGetLastError());
+  });
+  if (dw)
+    sum_parts(data<const float>(parts), int(parts.dim(0)), h, h, data<float>(dw.tensor), dw.add,
+              stream);
+}
+
+}  // namespace pith::cuda
