@@ -2,7 +2,7 @@
 // One GPU as the rest of core sees it. Everything is ordered on one stream. In a build without CUDA
 // these functions throw.
 
-#include <cstddef>
+#include <string>
 
 struct CUstream_st;
 
@@ -29,5 +29,14 @@ void copy(void* to, const void* from, size_t bytes);
 void fill_zero(void* p, size_t bytes);
 void synchronize();
 Stream stream();
+
+// A CUDA library, loaded once. Looked for by the system's rules ($LD_LIBRARY_PATH, ldconfig), then in
+// $CUDA_HOME/lib64, /usr/local/cuda/lib64, and the `nvidia` packages of every python3 on $PATH.
+// InputError that names the library and these places.
+void* load_library(const std::string& name);
+void* find_function(void* library, const char* name);
+template <class F> F function(void* library, const char* name) {
+  return reinterpret_cast<F>(find_function(library, name));
+}
 
 }  // namespace pith::cuda

@@ -4,6 +4,8 @@
 // have run. Shapes, dtypes and formulas are those of the op in name.h; "wide" is fp32.
 
 #include "ops/attention.h"
+#include "ops/optimizer.h"
+#include "ops/router.h"
 
 namespace pith::cuda {
 
@@ -53,5 +55,37 @@ void qk_norm_rope(const QkNormRope& q, Tensor y, Stream);
 int rope_parts();
 void qk_norm_rope_backward(const QkNormRope& q, const Tensor& dy, Op::Into dx, Op::Into dw_q,
                            Op::Into dw_k, Tensor parts, Stream);
+
+// router.cu. Up to 512 experts. Without `choose`, out.ids are given.
+void route_top_k(const Tensor& logits, const RouterRule& rule, const Tensor& bias, bool choose,
+                 Routing out, Stream);
+void route_top_k_backward(const RouterRule& rule, const Routing& out, const Tensor& dweights,
+                          const Tensor& dscores, Op::Into into, Stream);
+void balanced_ids(Tensor ids, int64_t experts, Stream);
+// counts [groups, E] (+)= scale * how often the ids of each group of rows chose each expert.
+void count_ids(const Tensor& ids, int64_t groups, double scale, Tensor counts, bool add, Stream);
+// Per token the term of the loss (its sum over tokens is the loss) and the slope to the scores or logits.
+void balance_terms(const Tensor& scores, const Tensor& fractions, int64_t groups, Tensor terms,
+                   Tensor slopes, Stream);
+void z_terms(const Tensor& logits, Tensor terms, Tensor slopes, Stream);
+void sum_terms(const Tensor& terms, Tensor sum, Stream);  // in fp64
+void scale_by(const Tensor& slopes, const Tensor& seed, Op::Into into, Stream);
+
+// embedding.cu. workspace: bytes as embedding_workspace says, as int32.
+void embedding(const Tensor& ids, const Tensor& w, Tensor y, Stream);
+size_t embedding_workspace(int64_t rows);
+void embedding_backward(const Tensor& ids, const Tensor& dy, Op::Into dw, Tensor workspace, Stream);
+// Of a chunk of rows: logits fp32 [rows, V]; dlogits may be empty, or the logits themselves.
+void cross_entropy(const Tensor& logits, const Tensor& labels, Tensor loss, Tensor dlogits, Stream);
+
+// optimizer.cu. parts: fp64 [squares_workspace()]; out: fp64 [1].
+int64_t squares_workspace();
+void sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream);
+void adamw_update(const AdamW& rule, const Tensor& grad, Tensor m, Tensor v, Tensor master,
+                  Tensor value, Stream);
+
+// gemm.cu: cpu::gemm of ops/gemm.h in device memory, bf16 and fp32; bf16 out may add.
+void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const void* a, const void* b,
+          DType in, void* c, DType out, bool add, Stream);
 
 }  // namespace pith::cuda

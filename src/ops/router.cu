@@ -1,0 +1,291 @@
+#include "ops/cuda.h"
+#include "ops/cuda_helpers.cuh"
+
+// A warp works on a token; lane l holds experts l, l + 32, ... Letters as in router.h.
+
+namespace pith::cuda {
+namespace {
+
+constexpr int kWarps = 4, kHeld = 16;  // experts of a lane: up to 512 in all
+using Score = RouterRule::Score;
+
+__device__ float warp_max(float x) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+  return x;
+}
+
+// The best of the warp's keys and its expert; of equal keys the lower expert.
+__device__ void warp_best(float& key, int& expert) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) {
+    const float other = __shfl_xor_sync(~0u, key, d);
+    const int other_expert = __shfl_xor_sync(~0u, expert, d);
+    if (other > key || (other == key && other_expert < expert)) key = other, expert = other_expert;
+  }
+}
+
+// x becomes its softmax over the warp; returns logsumexp. What is past the experts is -infinity.
+__device__ float softmax(float (&x)[kHeld]) {
+  float high = -INFINITY, sum = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) high = fmaxf(high, x[i]);
+  high = warp_max(high);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) sum += x[i] = expf(x[i] - high);
+  sum = warp_sum(sum);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) x[i] /= sum;
+  return high + logf(sum);
+}
+
+__device__ void load_row(const float* from, int experts, int lane, float past, float (&to)[kHeld]) {
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) to[i] = i * 32 + lane < experts ? from[i * 32 + lane] : past;
+}
+
+struct Rule {
+  Score score;
+  int top_k;
+  bool normalized;
+  float scaling;
+};
+
+// Weight of a chosen expert per unit of its score.
+__device__ float factor(const Rule& rule, const float* scores, const int* ids) {
+  if (!rule.normalized) return rule.scaling;
+  float sum = 0;
+  for (int j = 0; j < rule.top_k; ++j) sum += ids[j] < 0 ? 0 : scores[ids[j]];
+  return rule.scaling / (sum == 0 ? 1 : sum);
+}
+
+__global__ void route(const float* logits, int tokens, int experts, Rule rule, const float* bias,
+                      bool choose, int* ids, float* weights, float* scores) {
+  const int lane = threadIdx.x % 32, t = blockIdx.x * kWarps + threadIdx.x / 32;
+  if (t >= tokens) return;
+  float x[kHeld], key[kHeld];
+  load_row(logits + int64_t(t) * experts, experts, lane, -INFINITY, x);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) key[i] = x[i];
+  if (rule.score == Score::sigmoid) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) x[i] = 1 / (1 + expf(-x[i]));
+  } else {
+    softmax(x);
+  }
+  scores += int64_t(t) * experts;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int e = i * 32 + lane;
+    if (e >= experts) {
+      key[i] = -INFINITY;
+      continue;
+    }
+    scores[e] = x[i];
+    // Logits tell apart what softmax rounds to one score.
+    if (rule.score != Score::softmax_after_top_k || bias) key[i] = x[i] + (bias ? bias[e] : 0);
+    if (isnan(key[i])) key[i] = INFINITY;  // reaches the weights, where it will be noticed
+  }
+  ids += int64_t(t) * rule.top_k;
+  unsigned taken = 0;  // of the experts of this lane
+  for (int j = 0; choose && j < rule.top_k; ++j) {
+    float best = -INFINITY;
+    int expert = INT_MAX;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (i * 32 + lane < experts && !(taken >> i & 1) && (key[i] > best || expert == INT_MAX))
+        best = key[i], expert = i * 32 + lane;
+    warp_best(best, expert);
+    if (expert % 32 == lane) taken |= 1u << expert / 32;
+    if (lane == 0) ids[j] = expert;
+  }
+  __syncwarp();
+  const float f = factor(rule, scores, ids);
+  for (int j = lane; j < rule.top_k; j += 32)
+    weights[int64_t(t) * rule.top_k + j] = ids[j] < 0 ? 0 : scores[ids[j]] * f;
+}
+
+__global__ void route_backward(const Rule rule, const int* ids, const float* weights,
+                               const float* scores, const float* dweights, const float* dscores,
+                               int tokens, int experts, float* to, bool add) {
+  const int lane = threadIdx.x % 32, t = blockIdx.x * kWarps + threadIdx.x / 32;
+  if (t >= tokens) return;
+  const int64_t row = int64_t(t) * experts, chosen = int64_t(t) * rule.top_k;
+  float s[kHeld], d[kHeld];
+  load_row(scores + row, experts, lane, 0, s);
+  load_row(dscores + row, experts, lane, 0, d);
+  const float f = factor(rule, scores + row, ids + chosen);
+  float mean = 0;
+  for (int j = 0; rule.normalized && j < rule.top_k; ++j)
+    mean += dweights[chosen + j] * weights[chosen + j] / rule.scaling;
+  for (int j = 0; j < rule.top_k; ++j) {
+    const int e = ids[chosen + j];
+    const float dw = f * (dweights[chosen + j] - mean);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (e >= 0 && e == i * 32 + lane) d[i] += dw;
+  }
+  float through = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) through += d[i] * s[i];
+  through = warp_sum(through);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int e = i * 32 + lane;
+    if (e >= experts) break;
+    const float dx =
+        rule.score == Score::sigmoid ? d[i] * s[i] * (1 - s[i]) : s[i] * (d[i] - through);
+    to[row + e] = (add ? to[row + e] : 0) + dx;
+  }
+}
+
+__global__ void balanced(int* ids, int64_t pairs, int top_k, int experts) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < pairs) ids[i] = int((i / top_k + i % top_k * (experts / top_k)) % experts);
+}
+
+// counts[g][e] (+)= scale * how often group g's ids chose e. A block for each group; sums of integers, so exact.
+__global__ void count_ids(const int* ids, int64_t per_group, int experts, float scale,
+                          float* counts, bool add) {
+  extern __shared__ int count[];
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) count[e] = 0;
+  __syncthreads();
+  const int* from = ids + blockIdx.x * per_group;
+  for (int64_t i = threadIdx.x; i < per_group; i += blockDim.x)
+    if (from[i] >= 0) atomicAdd(&count[from[i]], 1);
+  __syncthreads();
+  float* to = counts + int64_t(blockIdx.x) * experts;
+  for (int e = threadIdx.x; e < experts; e += blockDim.x)
+    to[e] = (add ? to[e] : 0) + scale * count[e];
+}
+
+// See the CPU code: a term and its slope for every token. fractions [groups or 1][experts].
+__global__ void balance(const float* scores, const float* fractions, int tokens, int experts,
+                        int per_group, bool shared, float scale, float* terms, float* slopes) {
+  const int lane = threadIdx.x % 32, t = blockIdx.x * kWarps + threadIdx.x / 32;
+  if (t >= tokens) return;
+  float s[kHeld], f[kHeld], sum = 0, weighted = 0;
+  load_row(scores + int64_t(t) * experts, experts, lane, 0, s);
+  load_row(fractions + (shared ? 0 : int64_t(t / per_group) * experts), experts, lane, 0, f);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) sum += s[i], weighted += s[i] * f[i];
+  sum = warp_sum(sum);
+  weighted = warp_sum(weighted) / sum;
+  if (lane == 0) terms[t] = scale * weighted;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    if (i * 32 + lane < experts)
+      slopes[int64_t(t) * experts + i * 32 + lane] = scale * (f[i] - weighted) / sum;
+}
+
+__global__ void z_terms(const float* logits, int tokens, int experts, float* terms, float* slopes) {
+  const int lane = threadIdx.x % 32, t = blockIdx.x * kWarps + threadIdx.x / 32;
+  if (t >= tokens) return;
+  float x[kHeld];
+  load_row(logits + int64_t(t) * experts, experts, lane, -INFINITY, x);
+  const float z = softmax(x);
+  if (lane == 0) terms[t] = z * z;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    if (i * 32 + lane < experts) slopes[int64_t(t) * experts + i * 32 + lane] = 2 * z * x[i];
+}
+
+// One block: the same order of additions every time.
+__global__ void sum_terms(const float* terms, int n, float* sum) {
+  __shared__ double scratch[32];
+  double x = 0;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) x += terms[i];
+  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int w = 1; w < int(blockDim.x) / 32; ++w) x += scratch[w];
+  *sum = float(x);
+}
+
+__global__ void scale_by(const float* slopes, const float* seed, int64_t n, float* to, bool add) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < n) to[i] = (add ? to[i] : 0) + *seed * slopes[i];
+}
+
+Rule device_rule(const RouterRule& r) {
+  return {r.score, int(r.top_k), r.renormalize || r.score == Score::softmax_after_top_k,
+          float(r.scaling)};
+}
+
+void check_experts(int64_t experts) {
+  if (experts > 32 * kHeld) fail("{} experts: the CUDA router takes up to {}", experts, 32 * kHeld);
+}
+
+}  // namespace
+
+void route_top_k(const Tensor& logits, const RouterRule& rule, const Tensor& bias, bool choose,
+                 Routing out, Stream stream) {
+  const int tokens = int(logits.dim(0)), experts = int(logits.dim(1));
+  check_experts(experts);
+  if (tokens == 0) return;
+  route<<<blocks_for(tokens, kWarps), 32 * kWarps, 0, stream>>>(
+      data<const float>(logits), tokens, experts, device_rule(rule),
+      bias ? data<const float>(bias) : nullptr, choose, data<int>(out.ids),
+      data<float>(out.weights), data<float>(out.scores));
+  check(cudaGetLastError());
+}
+
+void route_top_k_backward(const RouterRule& rule, const Routing& out, const Tensor& dweights,
+                          const Tensor& dscores, Op::Into into, Stream stream) {
+  const int tokens = int(into.tensor.dim(0)), experts = int(into.tensor.dim(1));
+  if (tokens == 0) return;
+  route_backward<<<blocks_for(tokens, kWarps), 32 * kWarps, 0, stream>>>(
+      device_rule(rule), data<const int>(out.ids), data<const float>(out.weights),
+      data<const float>(out.scores), data<const float>(dweights), data<const float>(dscores),
+      tokens, experts, data<float>(into.tensor), into.add);
+  check(cudaGetLastError());
+}
+
+void balanced_ids(Tensor ids, int64_t experts, Stream stream) {
+  if (ids.numel() == 0) return;
+  balanced<<<blocks_for(ids.numel(), 256), 256, 0, stream>>>(data<int>(ids), ids.numel(),
+                                                             int(ids.dim(1)), int(experts));
+  check(cudaGetLastError());
+}
+
+void count_ids(const Tensor& ids, int64_t groups, double scale, Tensor counts, bool add,
+               Stream stream) {
+  const int experts = int(counts.numel() / groups);
+  count_ids<<<int(groups), 1024, experts * sizeof(int), stream>>>(
+      data<const int>(ids), ids.numel() / groups, experts, float(scale), data<float>(counts), add);
+  check(cudaGetLastError());
+}
+
+void balance_terms(const Tensor& scores, const Tensor& fractions, int64_t groups, Tensor terms,
+                   Tensor slopes, Stream stream) {
+  const int tokens = int(scores.dim(0)), experts = int(scores.dim(1));
+  check_experts(experts);
+  balance<<<blocks_for(tokens, kWarps), 32 * kWarps, 0, stream>>>(
+      data<const float>(scores), data<const float>(fractions), tokens, experts,
+      int(tokens / groups), fractions.dim(0) == 1, float(double(experts) / tokens),
+      data<float>(terms), data<float>(slopes));
+  check(cudaGetLastError());
+}
+
+void z_terms(const Tensor& logits, Tensor terms, Tensor slopes, Stream stream) {
+  const int tokens = int(logits.dim(0)), experts = int(logits.dim(1));
+  check_experts(experts);
+  z_terms<<<blocks_for(tokens, kWarps), 32 * kWarps, 0, stream>>>(
+      data<const float>(logits), tokens, experts, data<float>(terms), data<float>(slopes));
+  check(cudaGetLastError());
+}
+
+void sum_terms(const Tensor& terms, Tensor sum, Stream stream) {
+  sum_terms<<<1, 1024, 0, stream>>>(data<const float>(terms), int(terms.numel()), data<float>(sum));
+  check(cudaGetLastError());
+}
+
+void scale_by(const Tensor& slopes, const Tensor& seed, Op::Into into, Stream stream) {
+  const int64_t n = slopes.numel();
+  scale_by<<<blocks_for(n, 256), 256, 0, stream>>>(
+      data<const float>(slopes), data<const float>(seed), n, data<float>(into.tensor), into.add);
+  check(cudaGetLastError());
+}
+
+}  // namespace pith::cuda
