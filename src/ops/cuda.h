@@ -88,4 +88,12 @@ void adamw_update(const AdamW& rule, const Tensor& grad, Tensor m, Tensor v, Ten
 void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const void* a, const void* b,
           DType in, void* c, DType out, bool add, Stream);
 
+// attention_cudnn.cpp. bf16, heads of up to 256 channels, a multiple of 8; no documents. stats: fp32 [B, Hq, S].
+bool attention_fits(const Tensor& qkv, const AttentionShape& shape);
+void attention(const Tensor& qkv, const AttentionShape& shape, float scale, int64_t window,
+               Tensor y, Tensor stats, Stream);
+void attention_backward(const Tensor& qkv, const AttentionShape& shape, float scale, int64_t window,
+                        const Tensor& y, const Tensor& stats, const Tensor& dy, Tensor d_qkv,
+                        Stream);
+
 }  // namespace pith::cuda

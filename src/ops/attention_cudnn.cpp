@@ -1,0 +1,163 @@
+#ifdef PITH_CUDA
+// Attention through cuDNN. The one file that includes its front end, which takes half a minute to compile; the library
+// is loaded at run time.
+
+#define NV_CUDNN_FRONTEND_USE_DYNAMIC_LOADING
+#define CUDNN_FRONTEND_SKIP_JSON_LIB
+#include <cudnn_frontend.h>
+
+#include <map>
+#include <tuple>
+
+#include "core/cuda.h"
+#include "ops/cuda.h"
+
+namespace cudnn_frontend {
+void* cudnn_dlhandle = nullptr;
+}
+
+namespace pith::cuda {
+namespace {
+
+namespace fe = cudnn_frontend;
+using Node = std::shared_ptr<fe::graph::Tensor_attributes>;
+
+enum Id : int64_t { kQ = 1, kK, kV, kO, kStats, kDo, kDq, kDk, kDv };
+
+void check(fe::error_t e) {
+  if (e.is_bad()) fail("cuDNN: {}", e.get_message());
+}
+
+cudnnHandle_t handle() {
+  static const cudnnHandle_t the = [] {
+    fe::cudnn_dlhandle = load_library("libcudnn.so.9");
+    cudnnHandle_t h = nullptr;
+    if (const cudnnStatus_t s = fe::detail::create_handle(&h); s != CUDNN_STATUS_SUCCESS)
+      fail("cuDNN: status {}", int(s));
+    return h;
+  }();
+  return the;
+}
+
+struct Plan {
+  std::shared_ptr<fe::graph::Graph> graph = std::make_shared<fe::graph::Graph>();
+  int64_t workspace = 0;
+};
+
+// Everything a plan depends on.
+using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, bool>;
+
+// Heads of a packed tensor [B S, width]: [B, heads, S, D].
+Node heads(fe::graph::Graph& g, const AttentionShape& s, int64_t count, int64_t width, Id id) {
+  return g.tensor(fe::graph::Tensor_attributes()
+                      .set_uid(id)
+                      .set_dim({s.batch, count, s.sequence, s.head_dim})
+                      .set_stride({s.sequence * width, s.head_dim, width, 1}));
+}
+void result(const Node& t, const AttentionShape& s, int64_t count, int64_t width, Id id) {
+  t->set_output(true)
+      .set_uid(id)
+      .set_dim({s.batch, count, s.sequence, s.head_dim})
+      .set_stride({s.sequence * width, s.head_dim, width, 1});
+}
+// log-sum-exp, fp32 [B, Hq, S, 1].
+void describe_stats(fe::graph::Tensor_attributes& t, const AttentionShape& s) {
+  t.set_uid(kStats)
+      .set_dim({s.batch, s.heads, s.sequence, 1})
+      .set_stride({s.heads * s.sequence, s.sequence, 1, 1})
+      .set_data_type(fe::DataType_t::FLOAT);
+}
+
+template <class Attributes> Attributes attributes(float scale, int64_t window) {
+  Attributes a;
+  a.set_attn_scale(scale)
+      .set_diagonal_alignment(fe::DiagonalAlignment_t::TOP_LEFT)
+      .set_diagonal_band_right_bound(0);
+  if (window > 0) a.set_diagonal_band_left_bound(window);
+  return a;
+}
+
+Plan make_plan(const AttentionShape& s, float scale, int64_t window, bool backward) {
+  Plan p;
+  fe::graph::Graph& g = *p.graph;
+  g.set_io_data_type(fe::DataType_t::BFLOAT16)
+      .set_intermediate_data_type(fe::DataType_t::FLOAT)
+      .set_compute_data_type(fe::DataType_t::FLOAT);
+  const int64_t width = s.width(), out = s.heads * s.head_dim;
+  const Node q = heads(g, s, s.heads, width, kQ), k = heads(g, s, s.kv_heads, width, kK),
+             v = heads(g, s, s.kv_heads, width, kV);
+  if (!backward) {
+    const auto [o, stats] = g.sdpa(
+        q, k, v, attributes<fe::graph::SDPA_attributes>(scale, window).set_generate_stats(true));
+    result(o, s, s.heads, out, kO);
+    stats->set_output(true);
+    describe_stats(*stats, s);
+  } else {
+    const Node o = heads(g, s, s.heads, out, kO), d_o = heads(g, s, s.heads, out, kDo);
+    fe::graph::Tensor_attributes stats_of;
+    describe_stats(stats_of, s);
+    const auto [dq, dk, dv] =
+        g.sdpa_backward(q, k, v, o, d_o, g.tensor(stats_of),
+                        attributes<fe::graph::SDPA_backward_attributes>(scale, window));
+    result(dq, s, s.heads, width, kDq);
+    result(dk, s, s.kv_heads, width, kDk);
+    result(dv, s, s.kv_heads, width, kDv);
+  }
+  check(g.build(handle(), {fe::HeurMode_t::A}));
+  check(g.get_workspace_size(p.workspace));
+  return p;
+}
+
+const Plan& plan_for(const AttentionShape& s, float scale, int64_t window, bool backward) {
+  static std::map<Key, Plan> plans;
+  const Key key{s.batch, s.sequence, s.heads, s.kv_heads, s.head_dim, window, scale, backward};
+  auto it = plans.find(key);
+  if (it == plans.end()) it = plans.emplace(key, make_plan(s, scale, window, backward)).first;
+  return it->second;
+}
+
+void run(const Plan& p, std::unordered_map<int64_t, void*> tensors, Stream stream) {
+  Tensor workspace({std::max<int64_t>(p.workspace, 1)}, DType::u8, Device::cuda,
+                   "attention_workspace");
+  if (fe::detail::set_stream(handle(), stream) != CUDNN_STATUS_SUCCESS)
+    fail("cuDNN: the stream was refused");
+  check(p.graph->execute(handle(), tensors, workspace.raw()));
+}
+
+// q, k or v of a packed tensor.
+void* part(const Tensor& qkv, int64_t first_head, const AttentionShape& s) {
+  return static_cast<std::byte*>(Tensor(qkv).raw()) +
+         first_head * s.head_dim * int64_t(size_of(qkv.dtype()));
+}
+std::unordered_map<int64_t, void*> three(const Tensor& t, const AttentionShape& s, Id q) {
+  return {
+      {q, part(t, 0, s)}, {q + 1, part(t, s.heads, s)}, {q + 2, part(t, s.heads + s.kv_heads, s)}};
+}
+
+}  // namespace
+
+bool attention_fits(const Tensor& qkv, const AttentionShape& s) {
+  return qkv.dtype() == DType::bf16 && s.head_dim % 8 == 0 && s.head_dim <= 256;
+}
+
+void attention(const Tensor& qkv, const AttentionShape& s, float scale, int64_t window, Tensor y,
+               Tensor stats, Stream stream) {
+  auto tensors = three(qkv, s, kQ);
+  tensors[kO] = y.raw();
+  tensors[kStats] = stats.raw();
+  run(plan_for(s, scale, window, false), tensors, stream);
+}
+
+void attention_backward(const Tensor& qkv, const AttentionShape& s, float scale, int64_t window,
+                        const Tensor& y, const Tensor& stats, const Tensor& dy, Tensor d_qkv,
+                        Stream stream) {
+  auto tensors = three(qkv, s, kQ);
+  tensors.merge(three(d_qkv, s, kDq));
+  tensors[kO] = Tensor(y).raw();
+  tensors[kStats] = Tensor(stats).raw();
+  tensors[kDo] = Tensor(dy).raw();
+  run(plan_for(s, scale, window, true), tensors, stream);
+}
+
+}  // namespace pith::cuda
+#endif
