@@ -6,10 +6,9 @@
 #include <zstd.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <set>
 
 #include "core/error.h"
@@ -21,9 +20,6 @@ namespace fs = std::filesystem;
 constexpr size_t kChunkBytes = size_t(1) << 20;
 constexpr size_t kChunkFiles = 256;
 
-using File = std::unique_ptr<FILE, int (*)(FILE*)>;
-using Gzip = std::unique_ptr<gzFile_s, int (*)(gzFile_s*)>;
-
 struct stat status_of(const std::string& path) {
   struct stat info {};
   if (::stat(path.c_str(), &info) != 0) fail_input("{}: {}", path, std::strerror(errno));
@@ -32,10 +28,11 @@ struct stat status_of(const std::string& path) {
 
 // No NUL in the first 8 KiB.
 bool looks_like_text(const std::string& path) {
-  const File file(std::fopen(path.c_str(), "rb"), &std::fclose);
+  std::ifstream file(path, std::ios::binary);
   if (!file) fail_input("{}: {}", path, std::strerror(errno));
   char block[8192];
-  return !std::memchr(block, '\0', std::fread(block, 1, sizeof block, file.get()));
+  file.read(block, sizeof block);
+  return !std::memchr(block, '\0', size_t(file.gcount()));
 }
 
 bool is_lines(const std::string& path) {
@@ -50,36 +47,32 @@ Source file_source(const std::string& path) {
           info.st_mtim.tv_sec * 1000000000 + info.st_mtim.tv_nsec};
 }
 
-struct Walk {
-  const std::vector<std::string>& globs;
-  std::set<std::pair<dev_t, ino_t>> visited;
-  std::vector<std::string> files;
+// The regular files below a directory, each directory once, without hidden names.
+void walk(const std::string& directory, std::set<std::pair<dev_t, ino_t>>& visited,
+          std::vector<std::string>& files) {
+  const struct stat info = status_of(directory);
+  if (!visited.emplace(info.st_dev, info.st_ino).second) return;
+  std::error_code error;
+  std::vector<fs::path> entries;
+  for (fs::directory_iterator it(directory, error), end; !error && it != end; it.increment(error))
+    entries.push_back(it->path());
+  if (error) fail_input("{}: {}", directory, error.message());
+  std::sort(entries.begin(), entries.end());
+  for (const fs::path& entry : entries) {
+    if (entry.filename().string()[0] == '.') continue;
+    if (fs::is_directory(entry, error)) walk(entry.string(), visited, files);
+    if (fs::is_regular_file(entry, error)) files.push_back(entry.string());
+  }
+}
 
-  void directory(const std::string& path, const std::string& relative) {
-    const struct stat info = status_of(path);
-    if (!visited.emplace(info.st_dev, info.st_ino).second) return;
-    std::error_code error;
-    std::vector<std::string> names;
-    for (fs::directory_iterator it(path, error), end; !error && it != end; it.increment(error))
-      names.push_back(it->path().filename().string());
-    if (error) fail_input("{}: {}", path, error.message());
-    std::sort(names.begin(), names.end());
-    for (const std::string& name : names) {
-      const std::string child = path + "/" + name, below = relative + name;
-      struct stat kind {};
-      if (name[0] == '.' || ::stat(child.c_str(), &kind) != 0) continue;  // a dangling link
-      if (S_ISDIR(kind.st_mode)) directory(child, below + "/");
-      if (S_ISREG(kind.st_mode) && wanted(child, name, below)) files.push_back(child);
-    }
-  }
-  bool wanted(const std::string& path, const std::string& name, const std::string& relative) const {
-    if (globs.empty()) return is_lines(path) || looks_like_text(path);
-    return std::any_of(globs.begin(), globs.end(), [&](const std::string& glob) {
-      return fnmatch(glob.c_str(), name.c_str(), 0) == 0 ||
-             fnmatch(glob.c_str(), relative.c_str(), 0) == 0;
-    });
-  }
-};
+bool wanted(const std::string& path, size_t root_size, const std::vector<std::string>& globs) {
+  if (globs.empty()) return is_lines(path) || looks_like_text(path);
+  const char* relative = path.c_str() + root_size + 1;
+  const char* name = path.c_str() + path.rfind('/') + 1;
+  return std::any_of(globs.begin(), globs.end(), [&](const std::string& glob) {
+    return fnmatch(glob.c_str(), name, 0) == 0 || fnmatch(glob.c_str(), relative, 0) == 0;
+  });
+}
 
 }  // namespace
 
@@ -90,12 +83,14 @@ std::vector<Source> find_sources(const std::vector<std::string>& inputs,
     if (input == "-") {
       sources.push_back({"standard input", Source::Kind::standard_input});
     } else if (S_ISDIR(status_of(input).st_mode)) {
-      Walk walk{globs, {}, {}};
       std::string root = input;
-      while (root.size() > 1 && root.back() == '/') root.pop_back();
-      walk.directory(root, "");
-      std::sort(walk.files.begin(), walk.files.end());
-      for (const std::string& file : walk.files) sources.push_back(file_source(file));
+      while (root.ends_with('/')) root.pop_back();
+      std::set<std::pair<dev_t, ino_t>> visited;
+      std::vector<std::string> files;
+      walk(root + "/", visited, files);
+      std::sort(files.begin(), files.end());
+      for (const std::string& file : files)
+        if (wanted(file, root.size(), globs)) sources.push_back(file_source(file));
     } else {
       sources.push_back(file_source(input));
     }
@@ -105,137 +100,104 @@ std::vector<Source> find_sources(const std::vector<std::string>& inputs,
   return sources;
 }
 
-// The bytes of a plain, gzip or zstd file.
+// The bytes of a plain, gzip or zstd file. zlib hands on what is not gzip as it is.
 class ChunkReader::Stream {
  public:
-  explicit Stream(const Source& source) : path_(source.path), zstd_(path_.ends_with(".zst")) {
-    if (source.kind == Source::Kind::standard_input) {
-      gzip_.reset(gzdopen(0, "rb"));  // zlib hands on what is not gzip as it is
-    } else if (zstd_) {
-      file_.reset(std::fopen(path_.c_str(), "rb"));
-    } else {
-      gzip_.reset(gzopen(path_.c_str(), "rb"));
-    }
-    if (!gzip_ && !file_) fail_input("{}: {}", path_, std::strerror(errno));
-    if (gzip_) gzbuffer(gzip_.get(), 1 << 17);
-    if (zstd_) in_.resize(ZSTD_DStreamInSize());
+  explicit Stream(const Source& source) : path_(source.path) {
+    const bool from_file = source.kind != Source::Kind::standard_input;
+    file_.reset(from_file ? gzopen(path_.c_str(), "rb") : gzdopen(0, "rb"));
+    if (!file_) fail_input("{}: {}", path_, std::strerror(errno));
+    gzbuffer(file_.get(), 1 << 17);
+    if (path_.ends_with(".zst")) zstd_.reset(ZSTD_createDCtx());
   }
 
-  // Appends up to about n bytes; false at the end.
-  bool read(std::string& out, size_t n) {
+  // Appends up to a megabyte; false at the end.
+  bool read(std::string& out) {
     const size_t before = out.size();
-    out.resize(before + n);
-    const size_t got =
-        zstd_ ? read_zstd(out.data() + before, n) : read_gzip(out.data() + before, n);
-    out.resize(before + got);
-    return got > 0;
+    out.resize(before + kChunkBytes);
+    char* to = out.data() + before;
+    out.resize(before + (zstd_ ? read_zstd(to, kChunkBytes) : read_file(to, kChunkBytes)));
+    return out.size() > before;
   }
 
-  void skip(int64_t n) {
-    if (gzip_ && gzseek(gzip_.get(), n, SEEK_SET) == n) return;
-    for (std::string ignored; n > 0; n -= int64_t(ignored.size())) {
-      ignored.clear();
-      if (!read(ignored, size_t(std::min(n, int64_t(kChunkBytes)))))
-        fail_input("{}: ends too early", path_);
-    }
-  }
-
-  int64_t disk_position() const { return gzip_ ? gzoffset(gzip_.get()) : std::ftell(file_.get()); }
+  int64_t disk_position() const { return gzoffset(file_.get()); }
 
  private:
-  size_t read_gzip(char* to, size_t n) {
-    const int got = gzread(gzip_.get(), to, unsigned(n));
+  size_t read_file(char* to, size_t n) {
+    const int got = gzread(file_.get(), to, unsigned(n));
     int error = Z_OK;
-    const char* message = gzerror(gzip_.get(), &error);
-    if (got < 0 || (error != Z_OK && error != Z_STREAM_END))
-      fail_input("{}: {}", path_, error == Z_ERRNO ? std::strerror(errno) : message);
+    const char* message = gzerror(file_.get(), &error);
+    if (error == Z_ERRNO) fail_input("{}: {}", path_, std::strerror(errno));
+    if (error != Z_OK && error != Z_STREAM_END) fail_input("{}", message);  // it names the file
     return size_t(got);
   }
 
   size_t read_zstd(char* to, size_t n) {
     ZSTD_outBuffer out{to, n, 0};
     while (out.pos == 0) {
-      if (input_.pos == input_.size) {
-        input_ = {in_.data(), std::fread(in_.data(), 1, in_.size(), file_.get()), 0};
-        if (std::ferror(file_.get())) fail_input("{}: {}", path_, std::strerror(errno));
-        if (input_.size == 0 && frame_open_) fail_input("{}: ends within a zstd frame", path_);
-        if (input_.size == 0) break;
-      }
-      const size_t rc = ZSTD_decompressStream(context_.get(), &out, &input_);
+      if (in_.pos == in_.size) in_ = {block_.data(), read_file(block_.data(), block_.size()), 0};
+      if (in_.size == 0 && in_frame_) fail_input("{}: ends within a zstd frame", path_);
+      if (in_.size == 0) break;
+      const size_t rc = ZSTD_decompressStream(zstd_.get(), &out, &in_);
       if (ZSTD_isError(rc)) fail_input("{}: {}", path_, ZSTD_getErrorName(rc));
-      frame_open_ = rc != 0;
+      in_frame_ = rc != 0;
     }
     return out.pos;
   }
 
-  std::string path_;
-  bool zstd_;
-  Gzip gzip_{nullptr, &gzclose};
-  File file_{nullptr, &std::fclose};
-  std::unique_ptr<ZSTD_DCtx, size_t (*)(ZSTD_DCtx*)> context_{ZSTD_createDCtx(), &ZSTD_freeDCtx};
-  std::string in_;
-  ZSTD_inBuffer input_{nullptr, 0, 0};
-  bool frame_open_ = false;
+  std::string path_, block_ = std::string(1 << 17, '\0');
+  std::unique_ptr<gzFile_s, int (*)(gzFile_s*)> file_{nullptr, &gzclose};
+  std::unique_ptr<ZSTD_DCtx, size_t (*)(ZSTD_DCtx*)> zstd_{nullptr, &ZSTD_freeDCtx};
+  ZSTD_inBuffer in_{nullptr, 0, 0};
+  bool in_frame_ = false;
 };
 
-ChunkReader::ChunkReader(const std::vector<Source>& sources, Position start)
-    : sources_(sources), at_(start) {
-  for (int64_t i = 0; i < start.source; ++i) done_bytes_ += sources[size_t(i)].bytes;
-}
+ChunkReader::ChunkReader(const std::vector<Source>& sources) : sources_(sources) {}
 ChunkReader::~ChunkReader() = default;
 
 bool ChunkReader::next(Chunk& chunk) {
-  if (at_.source == int64_t(sources_.size())) return false;
+  if (at_ == sources_.size()) return false;
   chunk = Chunk();
-  if (sources_[size_t(at_.source)].kind == Source::Kind::text)
+  chunk.begin = chunk.end = at_;
+  if (sources_[at_].kind == Source::Kind::text)
     next_texts(chunk);
   else
     next_lines(chunk);
-  chunk.after = at_;
   chunk.disk_bytes = done_bytes_ + (stream_ ? stream_->disk_position() : 0);
   return true;
 }
 
 void ChunkReader::next_texts(Chunk& chunk) {
-  chunk.begin = chunk.end = size_t(at_.source);
-  int64_t bytes = 0;
-  while (chunk.end < sources_.size() && sources_[chunk.end].kind == Source::Kind::text &&
-         chunk.end - chunk.begin < kChunkFiles && bytes < int64_t(kChunkBytes))
-    bytes += sources_[chunk.end++].bytes;
-  done_bytes_ += bytes;
-  at_ = {int64_t(chunk.end), 0, 0};
+  const int64_t before = done_bytes_;
+  while (at_ < sources_.size() && sources_[at_].kind == Source::Kind::text &&
+         at_ - chunk.begin < kChunkFiles && done_bytes_ - before < int64_t(kChunkBytes))
+    done_bytes_ += sources_[at_++].bytes;
+  chunk.end = at_;
 }
 
 void ChunkReader::next_lines(Chunk& chunk) {
-  const Source& source = sources_[size_t(at_.source)];
-  if (!stream_) {
-    stream_ = std::make_unique<Stream>(source);
-    stream_->skip(at_.offset);
-    rest_.clear();
-  }
+  if (!stream_) stream_ = std::make_unique<Stream>(sources_[at_]);
   // Standard input that is not JSON is read to its end.
+  const bool may_be_text = sources_[at_].kind == Source::Kind::standard_input && line_ == 0;
   bool more = true;
-  size_t first = rest_.find_first_not_of(" \t\r\n"), newline = rest_.rfind('\n');
-  while (more && (rest_.size() < kChunkBytes || newline == rest_.npos || chunk.whole)) {
+  size_t cut = 0;  // behind the last whole line; what was left over has none
+  while (more && (rest_.size() < kChunkBytes || cut == 0 || chunk.whole)) {
     const size_t before = rest_.size();
-    more = stream_->read(rest_, kChunkBytes);
-    if (first == rest_.npos) first = rest_.find_first_not_of(" \t\r\n", before);
-    if (const size_t found = rest_.rfind('\n'); found != rest_.npos && found >= before)
-      newline = found;
-    chunk.whole = source.kind == Source::Kind::standard_input && at_.line == 0 &&
-                  first != rest_.npos && rest_[first] != '{';
+    more = stream_->read(rest_);
+    const size_t newline = std::string_view(rest_).substr(before).rfind('\n');
+    if (newline != rest_.npos) cut = before + newline + 1;
+    const size_t first = may_be_text ? rest_.find_first_not_of(" \t\r\n") : rest_.npos;
+    chunk.whole = first != rest_.npos && rest_[first] != '{';
   }
-  chunk.begin = chunk.end = size_t(at_.source);
-  chunk.first_line = at_.line + 1;
-  const size_t cut = more ? newline + 1 : rest_.size();
+  if (!more) cut = rest_.size();
+  chunk.first_line = line_ + 1;
   chunk.lines = rest_.substr(0, cut);
   rest_.erase(0, cut);
-  at_.offset += int64_t(cut);
-  at_.line += std::count(chunk.lines.begin(), chunk.lines.end(), '\n');
+  line_ += std::count(chunk.lines.begin(), chunk.lines.end(), '\n');
   if (more) return;
   stream_.reset();
-  done_bytes_ += source.bytes;
-  at_ = {at_.source + 1, 0, 0};
+  line_ = 0;
+  done_bytes_ += sources_[at_++].bytes;
 }
 
 }  // namespace pith

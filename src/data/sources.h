@@ -20,25 +20,19 @@ struct Source {
 std::vector<Source> find_sources(const std::vector<std::string>& inputs,
                                  const std::vector<std::string>& globs);
 
-// Where a chunk ends: the source to go on with, the decompressed bytes and lines of it already
-// read.
-struct Position {
-  int64_t source = 0, offset = 0, line = 0;
-};
-
-// About a megabyte of work, the same whatever the number of workers.
+// About a megabyte of work.
 struct Chunk {
   size_t begin = 0, end = 0;  // one document each: the text sources [begin, end)
   std::string lines;          // or lines of sources[begin], the first of which is `first_line`,
   int64_t first_line = 0;     // counted from 1;
   bool whole = false;         // or `lines` as one document
-  Position after;
-  int64_t disk_bytes = 0;  // of all sources, read when this chunk ends
+  int64_t disk_bytes = 0;     // of all sources, read when this chunk ends
 };
 
+// Cuts the same sources into the same chunks every time. Text sources are not even opened.
 class ChunkReader {
  public:
-  ChunkReader(const std::vector<Source>& sources, Position start);
+  explicit ChunkReader(const std::vector<Source>& sources);
   ~ChunkReader();
   bool next(Chunk& chunk);  // false at the end; InputError for what cannot be read
 
@@ -46,11 +40,13 @@ class ChunkReader {
   class Stream;
   void next_texts(Chunk& chunk);
   void next_lines(Chunk& chunk);
+
   const std::vector<Source>& sources_;
-  Position at_;
-  std::unique_ptr<Stream> stream_;  // of sources_[at_.source], when that has lines
-  std::string rest_;                // read from stream_ but not handed out
-  int64_t done_bytes_ = 0;          // on disk, of the sources before at_.source
+  size_t at_ = 0;  // the source to go on with; the next three are of that one, when it has lines
+  std::unique_ptr<Stream> stream_;
+  std::string rest_;        // read but not handed out
+  int64_t line_ = 0;        // the last one handed out
+  int64_t done_bytes_ = 0;  // on disk, of the sources before
 };
 
 }  // namespace pith
