@@ -43,38 +43,32 @@ Corpus::Corpus(const std::string& prefix) : prefix_(prefix), data_(prefix + ".bi
       kHeader + 12 * sequences + 8 * indices != size)
     fail_input("{}: {} bytes do not hold {} sequences and {} document indices", file, size,
                sequences, indices);
-  check_sequences(index, int64_t(sequences));
   read_documents(index, int64_t(sequences), int64_t(indices) - 1);
 }
 
-void Corpus::check_sequences(const MappedFile& index, int64_t sequences) const {
-  int64_t expected = 0;
+void Corpus::read_documents(const MappedFile& index, int64_t sequences, int64_t documents) {
+  const std::string& file = index.path();
+  const int64_t offsets = kHeader + 4 * sequences, firsts = offsets + 8 * sequences;
+  int64_t expected = 0, previous = 0;
   for (int64_t i = 0; i < sequences; ++i) {
     const int64_t length = load<int32_t>(index, kHeader + 4 * i);
-    const auto offset = load<int64_t>(index, kHeader + 4 * sequences + 8 * i);
-    if (length < 0) fail_input("{}: sequence {} has length {}", index.path(), i, length);
+    const auto offset = load<int64_t>(index, offsets + 8 * i);
+    if (length < 0) fail_input("{}: sequence {} has length {}", file, i, length);
     if (offset != expected)
-      fail_input("{}: sequence {} is at byte {}, the lengths before it add up to {}", index.path(),
-                 i, offset, expected);
+      fail_input("{}: sequence {} is at byte {}, the lengths before it add up to {}", file, i,
+                 offset, expected);
     expected += length * token_bytes_;
   }
   if (expected != int64_t(data_.bytes().size()))
-    fail_input("{}: {} bytes, {} says {}", data_.path(), data_.bytes().size(), index.path(),
-               expected);
-}
-
-void Corpus::read_documents(const MappedFile& index, int64_t sequences, int64_t documents) {
-  int64_t previous = 0;
+    fail_input("{}: {} bytes, {} says {}", data_.path(), data_.bytes().size(), file, expected);
   for (int64_t d = 0; d <= documents; ++d) {
-    const auto first = load<int64_t>(index, kHeader + 12 * sequences + 8 * d);
+    const auto first = load<int64_t>(index, firsts + 8 * d);
     const bool ends_well = (d != 0 || first == 0) && (d != documents || first == sequences);
     if (first < previous || first > sequences || !ends_well)
-      fail_input("{}: document {} begins at sequence {}; they must ascend from 0 to {}",
-                 index.path(), d, first, sequences);
-    document_offsets_.push_back(first == sequences
-                                    ? tokens_
-                                    : load<int64_t>(index, kHeader + 4 * sequences + 8 * first) /
-                                          token_bytes_);
+      fail_input("{}: document {} begins at sequence {}; they must ascend from 0 to {}", file, d,
+                 first, sequences);
+    document_offsets_.push_back(
+        first == sequences ? tokens_ : load<int64_t>(index, offsets + 8 * first) / token_bytes_);
     previous = first;
   }
 }

@@ -34,7 +34,6 @@ class Corpus {
   int64_t document_of(int64_t token) const;
 
  private:
-  void check_sequences(const MappedFile& index, int64_t sequences) const;
   void read_documents(const MappedFile& index, int64_t sequences, int64_t documents);
   std::string prefix_;
   MappedFile data_;

@@ -80,18 +80,17 @@ void Loader::move_to(int64_t sample) const {
   while (position_ < sample) next_source();
 }
 
-Loader::Window Loader::next_window() const {
+Loader::Window Loader::next_window(int64_t sample) const {
+  if (sequential_) {
+    size_t c = 0;
+    while (sample >= sources_[c].windows) sample -= sources_[c++].windows;
+    return {sources_[c].corpus, sample * sequence_};
+  }
   const Source& s = next_source();
   const int64_t epoch = (s.taken - 1) / s.windows, use = (s.taken - 1) % s.windows;
   const uint64_t key =
       stream_key(seed_, fmt::format("corpus {} epoch {}", &s - sources_.data(), epoch));
   return {s.corpus, int64_t(permute(uint64_t(use), uint64_t(s.windows), key)) * sequence_};
-}
-
-Loader::Window Loader::window_in_order(int64_t i) const {
-  size_t c = 0;
-  while (i >= sources_[c].windows) i -= sources_[c++].windows;
-  return {sources_[c].corpus, i * sequence_};
 }
 
 void Loader::fill(Batch& batch, int64_t row, Window window) const {
@@ -108,13 +107,11 @@ void Loader::fill(Batch& batch, int64_t row, Window window) const {
   std::copy(ids.begin() + 1, ids.end(), labels);
   std::iota(positions, positions + sequence_, 0);
   batch.label_count += sequence_;
-  if (!document_mask_) return;
-  int32_t* starts = at(batch.document_start);
   // Document by document: [from, end) in the window.
-  for (int64_t from = 0, end; from < sequence_; from = end) {
+  for (int64_t from = 0, end; document_mask_ && from < sequence_; from = end) {
     const int64_t next = corpus.document_offset(corpus.document_of(begin + from) + 1) - begin;
     end = std::min(next, sequence_);
-    std::fill(starts + from, starts + end, int32_t(from));
+    std::fill(at(batch.document_start) + from, at(batch.document_start) + end, int32_t(from));
     std::iota(positions + from, positions + end, 0);
     if (next > sequence_) continue;
     labels[next - 1] = kIgnored;  // what follows belongs to another document
@@ -132,8 +129,7 @@ Batch Loader::batch(int64_t first, int64_t count) const {
   Batch b{ids("tokens"), ids("labels"), ids("positions"), {}, count, sequence_, 0};
   if (document_mask_) b.document_start = ids("document_start");
   if (!sequential_) move_to(first);
-  for (int64_t row = 0; row < count; ++row)
-    fill(b, row, sequential_ ? window_in_order(first + row) : next_window());
+  for (int64_t row = 0; row < count; ++row) fill(b, row, next_window(first + row));
   if (b.label_count == 0)
     fail_input("sequences [{}, {}) have no labels: every document in them is one token long", first,
                first + count);

@@ -47,8 +47,7 @@ class Loader {
     int64_t begin;  // in tokens
   };
   Source& next_source() const;
-  Window next_window() const;
-  Window window_in_order(int64_t i) const;
+  Window next_window(int64_t sample) const;
   void move_to(int64_t sample) const;
   void fill(Batch& batch, int64_t row, Window window) const;
 

@@ -76,7 +76,6 @@ template <class Done> void encode_all(const Job& job, int64_t skip, Done&& done)
   ChunkReader reader(job.sources);
   Chunk chunk;
   for (int64_t i = 0; i < skip; ++i) reader.next(chunk);
-  std::exception_ptr unreadable;
   size_t n = 0;
   for (bool more = true; more || !pending.empty();) {
     try {
@@ -87,14 +86,16 @@ template <class Done> void encode_all(const Job& job, int64_t skip, Done&& done)
         }));
       }
     } catch (...) {
-      unreadable = std::current_exception();
       more = false;
+      pending.push_back(std::async(std::launch::deferred, [e = std::current_exception()] {
+        std::rethrow_exception(e);
+        return Batch();
+      }));
     }
     if (pending.empty()) break;
     done(pending.front().get());
     pending.pop_front();
   }
-  if (unreadable) std::rethrow_exception(unreadable);
 }
 
 // FNV-1a over everything that decides the output; "" for standard input, of which nobody can say
@@ -112,59 +113,31 @@ std::string fingerprint(const Job& job) {
   return fmt::format("{:016x}", hash);
 }
 
-// The JSON in `path` if that exists and has this fingerprint, else null; says so when it is another's.
-Value matching_json(const std::string& path, const std::string& fingerprint) {
-  if (::access(path.c_str(), F_OK) != 0) return {};
-  Value json = parse_json(read_file(path), path);
-  if (!fingerprint.empty() && json.at("fingerprint").as_string() == fingerprint) return json;
-  fmt::print(stderr, "{}: from other inputs or options; starting again\n", path);
-  return {};
+// PREFIX.tokenize.partial says how far a run has come, PREFIX.tokenize.json what it came to. Both
+// are always whole.
+void save(const TokenizeResult& r, const std::string& path, const std::string& fingerprint) {
+  const Value json = Value::object({{"fingerprint", fingerprint},
+                                    {"chunks", r.chunks},
+                                    {"documents", r.documents},
+                                    {"tokens", r.tokens},
+                                    {"bytes", r.bytes}});
+  write_file_atomic(path, json.json() + "\n");
 }
 
-// How far a run has come; kept in PREFIX.tokenize.partial, always whole.
-struct Journal {
-  int64_t chunks = 0, documents = 0, tokens = 0, bytes = 0;
-
-  void save(const std::string& path, const std::string& fingerprint) const {
-    const Value json = Value::object({{"fingerprint", fingerprint},
-                                      {"chunks", chunks},
-                                      {"documents", documents},
-                                      {"tokens", tokens},
-                                      {"bytes", bytes}});
-    write_file_atomic(path, json.json() + "\n");
+// Whether there is such a file with this fingerprint, and then what it says. Tells of another's.
+bool load(TokenizeResult& r, const std::string& path, const std::string& fingerprint) {
+  if (::access(path.c_str(), F_OK) != 0) return false;
+  const Value json = parse_json(read_file(path), path);
+  if (fingerprint.empty() || json.at("fingerprint").as_string() != fingerprint) {
+    fmt::print(stderr, "{}: from other inputs or options; starting again\n", path);
+    return false;
   }
-  static Journal load(const std::string& path, const std::string& fingerprint) {
-    const Value json = matching_json(path, fingerprint);
-    if (json.is_null()) return {};
-    return {json.at("chunks").as_int(), json.at("documents").as_int(), json.at("tokens").as_int(),
-            json.at("bytes").as_int()};
-  }
-};
-
-// A line on stderr every few seconds.
-class Progress {
- public:
-  explicit Progress(const std::vector<Source>& sources) {
-    for (const Source& s : sources) total_ += s.bytes;
-  }
-  void show(const Batch& batch, int64_t tokens) {
-    if (bytes_ == 0) first_disk_ = batch.disk_bytes;
-    bytes_ += batch.bytes;
-    if (seconds_since(last_) < 5) return;
-    last_ = Clock::now();
-    const double elapsed = seconds_since(start_);
-    const double rate = double(batch.disk_bytes - first_disk_) / elapsed;
-    const bool known = rate > 0 && total_ > batch.disk_bytes;
-    fmt::print(stderr, "tokenize  {:.1f} MB  {:.1f} MB/s  {} tokens  eta {}\n",
-               double(bytes_) / 1e6, double(bytes_) / 1e6 / elapsed, tokens,
-               known ? fmt::format("{:.0f}s", double(total_ - batch.disk_bytes) / rate) : "?");
-  }
-
- private:
-  int64_t total_ = 0, bytes_ = 0, first_disk_ = 0;
-  const Clock::time_point start_ = Clock::now();
-  Clock::time_point last_ = start_;
-};
+  r.chunks = json.at("chunks").as_int();
+  r.documents = json.at("documents").as_int();
+  r.tokens = json.at("tokens").as_int();
+  r.bytes = json.at("bytes").as_int();
+  return true;
+}
 
 void make_parent_directory(const std::string& path) {
   const auto parent = std::filesystem::path(path).parent_path();
@@ -191,39 +164,49 @@ TokenizeResult tokenize_corpus(const TokenizeOptions& o) {
   const Job job{o, tokenizer, sources};
   const std::string mark = fingerprint(job), finished = o.output + ".tokenize.json",
                     partial = o.output + ".tokenize.partial";
-  if (const Value json = matching_json(finished, mark); !json.is_null()) {
-    const Corpus corpus(o.output);
-    return {corpus.documents(), corpus.tokens(), json.at("bytes").as_int(), 0, 0, true, o.output};
+  TokenizeResult r{.output = o.output};
+  r.up_to_date = load(r, finished, mark);
+  if (r.up_to_date) {
+    const Corpus whole(o.output);
+    return r;
   }
   make_parent_directory(o.output);
-  Journal done = Journal::load(partial, mark);
-  CorpusWriter writer(o.output, tokenizer.vocab_size(), done.documents, done.tokens);
-  if (writer.documents() == 0) done = {};
-  if (done.chunks > 0)
-    fmt::print(stderr, "{}: continuing after {} documents\n", o.output, done.documents);
-  const int64_t continued = done.documents;
-  Progress progress(sources);
-  Clock::time_point saved = start;
-  encode_all(job, done.chunks, [&](const Batch& batch) {
+  load(r, partial, mark);
+  CorpusWriter writer(o.output, tokenizer.vocab_size(), r.documents, r.tokens);
+  if (writer.documents() == 0) r = {.output = o.output};
+  r.continued = r.documents;
+  if (r.continued) fmt::print(stderr, "{}: continuing after {} documents\n", o.output, r.documents);
+  const int64_t old_bytes = r.bytes;
+  int64_t total = 0;
+  for (const Source& s : sources) total += s.bytes;
+  Clock::time_point saved = start, told = start;
+  encode_all(job, r.chunks, [&](const Batch& batch) {
     size_t begin = 0;
     for (const size_t end : batch.ends) {
       writer.add(std::span(batch.ids).subspan(begin, end - begin));
       begin = end;
     }
-    done = {done.chunks + 1, writer.documents(), writer.tokens(), done.bytes + batch.bytes};
-    progress.show(batch, done.tokens);
+    r.chunks += 1;
+    r.documents = writer.documents();
+    r.tokens = writer.tokens();
+    r.bytes += batch.bytes;
+    r.seconds = seconds_since(start);
+    if (seconds_since(told) > 5) {
+      fmt::print(stderr, "tokenize  {:.1f} MB  {:.1f} MB/s  {} tokens  {}\n", double(r.bytes) / 1e6,
+                 double(r.bytes - old_bytes) / 1e6 / r.seconds, r.tokens,
+                 total ? fmt::format("{}%", 100 * batch.disk_bytes / total) : "");
+      told = Clock::now();
+    }
     if (seconds_since(saved) < 0.2) return;
     writer.flush_to_disk();  // before the file that says so
-    done.save(partial, mark);
+    save(r, partial, mark);
     saved = Clock::now();
   });
   ::unlink(finished.c_str());
   writer.finish();
-  const Value json = Value::object({{"fingerprint", mark}, {"bytes", done.bytes}});
-  write_file_atomic(finished, json.json() + "\n");
+  save(r, finished, mark);
   ::unlink(partial.c_str());
-  return {done.documents,       done.tokens, done.bytes, continued,
-          seconds_since(start), false,       o.output};
+  return r;
 }
 
 }  // namespace pith

@@ -73,37 +73,6 @@ uint64_t pair_key(int32_t left, int32_t right) {
   return uint64_t(uint32_t(left)) << 32 | uint32_t(right);
 }
 
-struct Symbol {
-  int32_t id;
-  uint32_t next, previous;  // kNever at the ends
-  uint32_t rank;            // of the pair with the next symbol
-};
-
-// Merges the adjacent pair of lowest rank, leftmost first, until none is left. rank_of(left, right)
-// is kNever for a pair that does not merge; a merge of rank r gives the symbol merged[r].
-void merge(std::vector<Symbol>& symbols, auto&& rank_of, const std::vector<int32_t>& merged) {
-  std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> queue;  // rank << 32 | place
-  const auto rank_pair = [&](uint32_t i) {
-    Symbol& s = symbols[i];
-    s.rank = s.next == kNever ? kNever : rank_of(s.id, symbols[s.next].id);
-    if (s.rank != kNever) queue.push(uint64_t(s.rank) << 32 | i);
-  };
-  for (uint32_t i = 0; i < symbols.size(); ++i) rank_pair(i);
-  while (!queue.empty()) {
-    const auto rank = uint32_t(queue.top() >> 32), i = uint32_t(queue.top());
-    queue.pop();
-    Symbol& s = symbols[i];
-    if (s.rank != rank) continue;  // the pair is gone
-    Symbol& right = symbols[s.next];
-    s.id = merged[rank];
-    s.next = right.next;
-    right.rank = kNever;
-    if (s.next != kNever) symbols[s.next].previous = i;
-    rank_pair(i);
-    if (s.previous != kNever) rank_pair(s.previous);
-  }
-}
-
 bool flag(const Value& object, const char* key) {
   const Value* v = object.find(key);
   return v && !v->is_null() && v->as_bool();
@@ -156,12 +125,13 @@ void Tokenizer::set_token(int64_t id, const std::string& text) {
 void Tokenizer::read_bpe(const Value& bpe) {
   if (const Value* type = bpe.find("type"); type && type->as_string() != "BPE")
     fail_input("{}: model type {} is not supported (only BPE)", file_, type->as_string());
-  if (const Value* v = bpe.find("dropout"); v && !v->is_null() && v->as_real() != 0)
-    fail_input("{}: dropout {} is not supported", file_, v->as_real());
-  for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"})
-    if (const Value* v = bpe.find(key); v && !v->is_null() && !v->as_string().empty())
-      fail_input("{}: {} \"{}\" is not supported", file_, key, v->as_string());
-  if (flag(bpe, "byte_fallback")) fail_input("{}: byte_fallback is not supported", file_);
+  for (const char* key :
+       {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}) {
+    const Value* v = bpe.find(key);
+    const std::string text = v ? v->json() : "null";
+    if (text != "null" && text != "false" && text != "\"\"" && text != "0.0" && text != "0")
+      fail_input("{}: {} {} is not supported", file_, key, text);
+  }
   fuse_unknown_ = flag(bpe, "fuse_unk");
   ignore_merges_ = flag(bpe, "ignore_merges");
   for (const auto& [text, id] : bpe.at("vocab").members()) {
@@ -259,7 +229,12 @@ void Tokenizer::find_eos() {
     if (const int32_t id = find(name); !eos_ && id >= 0 && tokens_[size_t(id)].added) eos_ = id;
 }
 
-// Sennrich et al. 2016 (arXiv 1508.07909).
+struct Tokenizer::Symbol {
+  int32_t id;
+  uint32_t next, previous;  // kNever at the ends
+  uint32_t rank;            // of the pair with the next symbol
+};
+
 void Tokenizer::bpe(std::string_view piece, std::vector<int32_t>& out) const {
   if (piece.size() >= kNever)
     fail_input("a piece of {} bytes is too long to tokenize", piece.size());
@@ -281,14 +256,37 @@ void Tokenizer::bpe(std::string_view piece, std::vector<int32_t>& out) const {
   }
   if (symbols.empty()) return;
   symbols.back().next = kNever;
-  merge(
-      symbols,
-      [&](int32_t left, int32_t right) {
-        const auto it = merges_.find(pair_key(left, right));
-        return it == merges_.end() ? kNever : it->second;
-      },
-      merged_);
+  merge(symbols);
   for (uint32_t i = 0; i != kNever; i = symbols[i].next) out.push_back(symbols[i].id);
+}
+
+// Sennrich et al. 2016 (arXiv 1508.07909): merges the adjacent pair of lowest rank, leftmost first,
+// until none is left.
+void Tokenizer::merge(std::vector<Symbol>& symbols) const {
+  std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> queue;  // rank << 32 | place
+  const auto rank_pair = [&](uint32_t i) {
+    Symbol& s = symbols[i];
+    s.rank = kNever;
+    if (s.next == kNever) return;
+    const auto it = merges_.find(pair_key(s.id, symbols[s.next].id));
+    if (it == merges_.end()) return;
+    s.rank = it->second;
+    queue.push(uint64_t(s.rank) << 32 | i);
+  };
+  for (uint32_t i = 0; i < symbols.size(); ++i) rank_pair(i);
+  while (!queue.empty()) {
+    const auto rank = uint32_t(queue.top() >> 32), i = uint32_t(queue.top());
+    queue.pop();
+    Symbol& s = symbols[i];
+    if (s.rank != rank) continue;  // the pair is gone
+    Symbol& right = symbols[s.next];
+    s.id = merged_[rank];
+    s.next = right.next;
+    right.rank = kNever;
+    if (s.next != kNever) symbols[s.next].previous = i;
+    rank_pair(i);
+    if (s.previous != kNever) rank_pair(s.previous);
+  }
 }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view text) const {

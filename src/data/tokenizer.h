@@ -59,7 +59,9 @@ class Tokenizer {
   void find_eos();
   void set_token(int64_t id, const std::string& text);
   int32_t find(const std::string& text) const;  // -1 if there is none
+  struct Symbol;
   void bpe(std::string_view piece, std::vector<int32_t>& out) const;
+  void merge(std::vector<Symbol>& symbols) const;
 
   std::string file_;
   std::vector<Token> tokens_;
