@@ -18,7 +18,6 @@ namespace {
 
 namespace fs = std::filesystem;
 constexpr size_t kChunkBytes = size_t(1) << 20;
-constexpr size_t kChunkFiles = 256;
 
 struct stat status_of(const std::string& path) {
   struct stat info {};
@@ -157,22 +156,11 @@ ChunkReader::~ChunkReader() = default;
 
 bool ChunkReader::next(Chunk& chunk) {
   if (at_ == sources_.size()) return false;
-  chunk = Chunk();
-  chunk.begin = chunk.end = at_;
-  if (sources_[at_].kind == Source::Kind::text)
-    next_texts(chunk);
-  else
-    next_lines(chunk);
+  chunk = {.source = at_, .first_line = line_ + 1};
+  chunk.whole = sources_[at_].kind == Source::Kind::text;
+  chunk.whole ? next_source() : next_lines(chunk);
   chunk.disk_bytes = done_bytes_ + (stream_ ? stream_->disk_position() : 0);
   return true;
-}
-
-void ChunkReader::next_texts(Chunk& chunk) {
-  const int64_t before = done_bytes_;
-  while (at_ < sources_.size() && sources_[at_].kind == Source::Kind::text &&
-         at_ - chunk.begin < kChunkFiles && done_bytes_ - before < int64_t(kChunkBytes))
-    done_bytes_ += sources_[at_++].bytes;
-  chunk.end = at_;
 }
 
 void ChunkReader::next_lines(Chunk& chunk) {
@@ -190,11 +178,13 @@ void ChunkReader::next_lines(Chunk& chunk) {
     chunk.whole = first != rest_.npos && rest_[first] != '{';
   }
   if (!more) cut = rest_.size();
-  chunk.first_line = line_ + 1;
-  chunk.lines = rest_.substr(0, cut);
+  chunk.text = rest_.substr(0, cut);
   rest_.erase(0, cut);
-  line_ += std::count(chunk.lines.begin(), chunk.lines.end(), '\n');
-  if (more) return;
+  line_ += std::count(chunk.text.begin(), chunk.text.end(), '\n');
+  if (!more) next_source();
+}
+
+void ChunkReader::next_source() {
   stream_.reset();
   line_ = 0;
   done_bytes_ += sources_[at_++].bytes;

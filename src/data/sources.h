@@ -20,16 +20,16 @@ struct Source {
 std::vector<Source> find_sources(const std::vector<std::string>& inputs,
                                  const std::vector<std::string>& globs);
 
-// About a megabyte of work.
+// A file, or about a megabyte of lines.
 struct Chunk {
-  size_t begin = 0, end = 0;  // one document each: the text sources [begin, end)
-  std::string lines;          // or lines of sources[begin], the first of which is `first_line`,
-  int64_t first_line = 0;     // counted from 1;
-  bool whole = false;         // or `lines` as one document
-  int64_t disk_bytes = 0;     // of all sources, read when this chunk ends
+  size_t source = 0;
+  bool whole = false;  // one document: `text`, or the file itself, which is then not read yet
+  std::string text;    // else lines, the first of which is `first_line`, counted from 1
+  int64_t first_line = 0;
+  int64_t disk_bytes = 0;  // of all sources, read when this chunk ends
 };
 
-// Cuts the same sources into the same chunks every time. Text sources are not even opened.
+// Cuts the same sources into the same chunks every time.
 class ChunkReader {
  public:
   explicit ChunkReader(const std::vector<Source>& sources);
@@ -38,8 +38,8 @@ class ChunkReader {
 
  private:
   class Stream;
-  void next_texts(Chunk& chunk);
   void next_lines(Chunk& chunk);
+  void next_source();
 
   const std::vector<Source>& sources_;
   size_t at_ = 0;  // the source to go on with; the next three are of that one, when it has lines

@@ -7,6 +7,7 @@
 #include <deque>
 #include <filesystem>
 #include <future>
+#include <sstream>
 #include <thread>
 
 #include "core/error.h"
@@ -45,23 +46,24 @@ struct Job {
   }
 
   Batch encode(const Chunk& chunk, Encoder& encoder) const {
-    Batch batch;
-    batch.disk_bytes = chunk.disk_bytes;
-    for (size_t i = chunk.begin; i < chunk.end; ++i)
-      add_document(read_file(sources[i].path), encoder, batch);
-    if (chunk.whole) {
-      add_document(chunk.lines, encoder, batch);
-      return batch;
-    }
-    std::string_view rest = chunk.lines;
-    for (int64_t number = chunk.first_line; !rest.empty(); ++number) {
-      const std::string_view line = rest.substr(0, rest.find('\n'));
-      rest.remove_prefix(std::min(line.size() + 1, rest.size()));
+    const Source& source = sources[chunk.source];
+    Batch batch{.disk_bytes = chunk.disk_bytes};
+    const bool is_file = source.kind == Source::Kind::text;
+    if (chunk.whole)
+      add_document(is_file ? read_file(source.path) : chunk.text, encoder, batch);
+    else
+      add_lines(chunk, encoder, batch);
+    return batch;
+  }
+
+  void add_lines(const Chunk& chunk, Encoder& encoder, Batch& batch) const {
+    std::istringstream lines(chunk.text);
+    std::string line;
+    for (int64_t number = chunk.first_line; std::getline(lines, line); ++number) {
       if (line.find_first_not_of(" \t\r") == line.npos) continue;
-      const Value json = parse_json(line, fmt::format("{}:{}", sources[chunk.begin].path, number));
+      const Value json = parse_json(line, fmt::format("{}:{}", sources[chunk.source].path, number));
       add_document(json.at(options.text_key).as_string(), encoder, batch);
     }
-    return batch;
   }
 };
 

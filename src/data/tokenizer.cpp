@@ -1,8 +1,7 @@
 #include "data/tokenizer.h"
 
-#include <sys/stat.h>
-
 #include <algorithm>
+#include <filesystem>
 #include <map>
 #include <queue>
 
@@ -73,20 +72,25 @@ uint64_t pair_key(int32_t left, int32_t right) {
   return uint64_t(uint32_t(left)) << 32 | uint32_t(right);
 }
 
-bool flag(const Value& object, const char* key) {
+// The member `key` if there is one that is not null.
+const Value* given(const Value& object, const char* key) {
   const Value* v = object.find(key);
-  return v && !v->is_null() && v->as_bool();
+  return v && !v->is_null() ? v : nullptr;
+}
+
+bool flag(const Value& object, const char* key) {
+  const Value* v = given(object, key);
+  return v && v->as_bool();
 }
 
 }  // namespace
 
 Tokenizer::Tokenizer(const std::string& path) {
-  struct stat info {};
-  const bool directory = stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode);
-  file_ = directory ? path + "/tokenizer.json" : path;
+  std::error_code error;
+  file_ = std::filesystem::is_directory(path, error) ? path + "/tokenizer.json" : path;
   const Value json = parse_json(read_file(file_), file_);
   read_bpe(json.at("model"));
-  if (const Value* v = json.find("normalizer")) read_normalizer(*v);
+  if (const Value* v = given(json, "normalizer")) read_normalizer(*v);
   pretokenizer_.emplace(json.at("pre_tokenizer"));
   const Value& decoder = json.at("decoder");
   const std::string type = decoder.is_null() ? "null" : decoder.at("type").as_string();
@@ -127,9 +131,9 @@ void Tokenizer::read_bpe(const Value& bpe) {
     fail_input("{}: model type {} is not supported (only BPE)", file_, type->as_string());
   for (const char* key :
        {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}) {
-    const Value* v = bpe.find(key);
-    const std::string text = v ? v->json() : "null";
-    if (text != "null" && text != "false" && text != "\"\"" && text != "0.0" && text != "0")
+    const Value* v = given(bpe, key);
+    const std::string text = v ? v->json() : "\"\"";
+    if (text != "\"\"" && text != "false" && text != "0.0" && text != "0")
       fail_input("{}: {} {} is not supported", file_, key, text);
   }
   fuse_unknown_ = flag(bpe, "fuse_unk");
@@ -140,7 +144,7 @@ void Tokenizer::read_bpe(const Value& bpe) {
     tokens_[size_t(id.as_int())].own = true;
   }
   for (size_t b = 0; b < 256; ++b) byte_id_[b] = find(spelled_bytes()[b]);
-  if (const Value* v = bpe.find("unk_token"); v && !v->is_null()) {
+  if (const Value* v = given(bpe, "unk_token")) {
     unknown_ = find(v->as_string());
     if (unknown_ < 0 && std::count(byte_id_.begin(), byte_id_.end(), -1))
       fail_input("{}: unk_token {} is not in the vocabulary", file_, v->as_string());
@@ -173,7 +177,6 @@ void Tokenizer::read_merges(const Value& list) {
 }
 
 void Tokenizer::read_normalizer(const Value& spec) {
-  if (spec.is_null()) return;
   const std::string& type = spec.at("type").as_string();
   if (type == "Sequence") {
     for (const Value& step : spec.at("normalizers").items()) read_normalizer(step);
@@ -218,12 +221,13 @@ void Tokenizer::read_added(const Value& list) {
 void Tokenizer::find_eos() {
   std::vector<std::string> names = {"<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>",
                                     "<eos>"};
-  const std::string config = file_.substr(0, file_.rfind('/') + 1) + "tokenizer_config.json";
-  if (struct stat info{}; stat(config.c_str(), &info) == 0) {
+  const std::filesystem::path config =
+      std::filesystem::path(file_).replace_filename("tokenizer_config.json");
+  if (std::error_code error; std::filesystem::exists(config, error)) {
     const Value json = parse_json(read_file(config), config);
-    const Value* token = json.find("eos_token");
-    if (token && token->is(Value::Kind::object)) token = token->find("content");
-    if (token && !token->is_null()) names.insert(names.begin(), token->as_string());
+    const Value* token = given(json, "eos_token");
+    if (token && token->is(Value::Kind::object)) token = given(*token, "content");
+    if (token) names.insert(names.begin(), token->as_string());
   }
   for (const std::string& name : names)
     if (const int32_t id = find(name); !eos_ && id >= 0 && tokens_[size_t(id)].added) eos_ = id;

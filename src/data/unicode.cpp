@@ -83,6 +83,10 @@ uint32_t older(uint32_t c) {
   return stand_in ? stand_in : c;
 }
 
+const utf8proc_uint8_t* bytes_of(const char* p) {
+  return reinterpret_cast<const utf8proc_uint8_t*>(p);
+}
+
 // Appends the normal form of a segment.
 void append_nfc(std::string_view text, std::string& out) {
   if (std::none_of(text.begin(), text.end(), [](char c) { return c & 0x80; })) {
@@ -90,9 +94,9 @@ void append_nfc(std::string_view text, std::string& out) {
     return;
   }
   utf8proc_uint8_t* mapped = nullptr;
-  const utf8proc_ssize_t n = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
-                                          utf8proc_ssize_t(text.size()), &mapped,
-                                          utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+  const utf8proc_ssize_t n =
+      utf8proc_map(bytes_of(text.data()), utf8proc_ssize_t(text.size()), &mapped,
+                   utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
   if (n < 0) fail("utf8proc: {}", utf8proc_errmsg(n));
   out.append(reinterpret_cast<const char*>(mapped), size_t(n));
   std::free(mapped);
@@ -112,28 +116,24 @@ size_t skip_ascii(std::string_view text, size_t i) {
   return i;
 }
 
-// Bytes of the well-formed sequence at p, or minus the length of the ill-formed maximal subpart
-// there (Unicode 16, table 3-7).
-int sequence(const unsigned char* p, size_t n) {
-  const unsigned char lead = p[0];
-  if (lead < 0x80) return 1;
-  if (lead < 0xc2 || lead > 0xf4) return -1;
-  const unsigned char low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
-  const unsigned char high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
-  if (n < 2 || p[1] < low || p[1] > high) return -1;
-  const int need = int(utf8_length(char(lead)));
-  for (int i = 2; i < need; ++i)
-    if (size_t(i) >= n || (p[i] & 0xc0) != 0x80) return -i;
-  return need;
+// Length of the ill-formed maximal subpart at p: what some bytes would complete, or one byte.
+size_t subpart(const utf8proc_uint8_t* p, size_t n) {
+  for (size_t length = std::min(n, size_t(3)); length > 1; --length)
+    for (const utf8proc_uint8_t rest : {0x80, 0xbf}) {
+      utf8proc_uint8_t bytes[4] = {rest, rest, rest, rest};
+      std::copy_n(p, length, bytes);
+      utf8proc_int32_t c = 0;
+      if (utf8proc_iterate(bytes, 4, &c) > utf8proc_ssize_t(length)) return length;
+    }
+  return 1;
 }
 
 }  // namespace
 
 uint32_t code_point(const char* p) {
-  const size_t n = utf8_length(*p);
-  uint32_t c = n == 1 ? uint32_t(*p) : uint32_t(*p) & (0x7fu >> n);
-  for (size_t i = 1; i < n; ++i) c = c << 6 | (uint32_t(p[i]) & 0x3f);
-  return c;
+  utf8proc_int32_t c = 0;
+  utf8proc_iterate(bytes_of(p), utf8proc_ssize_t(utf8_length(*p)), &c);
+  return uint32_t(c);
 }
 
 void append_utf8(uint32_t c, std::string& out) {
@@ -142,16 +142,16 @@ void append_utf8(uint32_t c, std::string& out) {
 }
 
 std::string repair_utf8(std::string_view text) {
-  const auto* p = reinterpret_cast<const unsigned char*>(text.data());
   std::string out;
   size_t copied = 0;
   for (size_t i = skip_ascii(text, 0); i < text.size(); i = skip_ascii(text, i)) {
-    const int length = sequence(p + i, text.size() - i);
-    if (length < 0) {
-      out.append(text, copied, i - copied).append("\xef\xbf\xbd");
-      copied = i + size_t(-length);
-    }
-    i += size_t(std::abs(length));
+    const auto* p = bytes_of(text.data() + i);
+    const size_t left = text.size() - i;
+    utf8proc_int32_t c = 0;
+    const auto length = utf8proc_iterate(p, utf8proc_ssize_t(left), &c);
+    if (length < 0) out.append(text, copied, i - copied).append("\xef\xbf\xbd");
+    i += length < 0 ? subpart(p, left) : size_t(length);
+    if (length < 0) copied = i;
   }
   return out.append(text, copied);
 }
