@@ -103,6 +103,8 @@ void PreTokenizer::add(const Value& spec) {
 }
 
 void PreTokenizer::split(std::string_view text, const Sink& piece) const {
+  if (text.size() >= INT_MAX)  // Oniguruma counts in int
+    fail_input("a text of {} bytes is too long to tokenize", text.size());
   const std::string shape = stand_in(text);
   if (!text.empty()) run(0, {text, shape}, piece);
 }

@@ -46,7 +46,7 @@ void split_at_tokens(const auto& tokens, std::string_view text, auto&& found, au
       if (!is_space_at(last)) break;
     }
     while (token->rstrip && end < text.size() && is_space_at(end)) end += utf8_length(text[end]);
-    begin = std::max(begin, done);
+    if (token->lstrip) begin = std::max(begin, done);
     if (done < begin) between(text.substr(done, begin - done));
     if (begin < end) found(token->id);  // what an earlier match stripped is gone
     done = end;
@@ -54,18 +54,24 @@ void split_at_tokens(const auto& tokens, std::string_view text, auto&& found, au
   if (done < text.size()) between(text.substr(done));
 }
 
-// GPT-2's printable characters for bytes: itself where printable in Latin-1, else U+0100 and on.
-const std::array<std::string, 256>& spelled_bytes() {
-  static const auto spelled = [] {
-    std::array<std::string, 256> of;
-    uint32_t next = 0x100;
-    for (uint32_t b = 0; b < 256; ++b) {
-      const bool printable = (b >= 0x21 && b <= 0x7e) || (b >= 0xa1 && b != 0xad);
-      append_utf8(printable ? b : next++, of[b]);
-    }
-    return of;
-  }();
-  return spelled;
+// GPT-2's printable character for a byte: itself where printable in Latin-1, else U+0100 and on.
+uint32_t character_of(uint32_t byte) {
+  if (byte <= 0x20) return 0x100 + byte;
+  if (byte >= 0x7f && byte <= 0xa0) return 0x121 + byte - 0x7f;
+  return byte == 0xad ? 0x143 : byte;
+}
+
+// The byte that a character stands for, or -1.
+int byte_of(uint32_t c) {
+  for (const uint32_t byte : {c, c - 0x100, c - 0x121 + 0x7f, 0xadu})
+    if (byte < 0x100 && character_of(byte) == c) return int(byte);
+  return -1;
+}
+
+std::string spelled(std::string_view bytes) {
+  std::string out;
+  for (const unsigned char byte : bytes) append_utf8(character_of(byte), out);
+  return out;
 }
 
 uint64_t pair_key(int32_t left, int32_t right) {
@@ -106,22 +112,16 @@ int32_t Tokenizer::find(const std::string& text) const {
 }
 
 void Tokenizer::set_token(int64_t id, const std::string& text) {
-  static const auto byte_of = [] {
-    std::unordered_map<std::string_view, char> of;
-    for (size_t b = 0; b < 256; ++b) of[spelled_bytes()[b]] = char(b);
-    return of;
-  }();
   if (id < 0 || id > 1 << 28) fail_input("{}: token id {} is out of range", file_, id);
   if (size_t(id) >= tokens_.size()) tokens_.resize(size_t(id) + 1);
   std::string bytes;
-  for (size_t i = 0, n; i < text.size(); i += n) {
-    n = utf8_length(text[i]);
-    const auto it = byte_of.find(std::string_view(text).substr(i, n));
-    if (it == byte_of.end()) {  // not a byte-level token: stands for itself
+  for (size_t i = 0; i < text.size(); i += utf8_length(text[i])) {
+    const int byte = byte_of(code_point(text.data() + i));
+    if (byte < 0) {  // not a byte-level token: stands for itself
       bytes = text;
       break;
     }
-    bytes += it->second;
+    bytes += char(byte);
   }
   tokens_[size_t(id)].bytes = bytes;
 }
@@ -143,7 +143,7 @@ void Tokenizer::read_bpe(const Value& bpe) {
     vocabulary_[text] = int32_t(id.as_int());
     tokens_[size_t(id.as_int())].own = true;
   }
-  for (size_t b = 0; b < 256; ++b) byte_id_[b] = find(spelled_bytes()[b]);
+  for (size_t b = 0; b < 256; ++b) byte_id_[b] = find(spelled(std::string(1, char(b))));
   if (const Value* v = given(bpe, "unk_token")) {
     unknown_ = find(v->as_string());
     if (unknown_ < 0 && std::count(byte_id_.begin(), byte_id_.end(), -1))
@@ -240,14 +240,9 @@ struct Tokenizer::Symbol {
 };
 
 void Tokenizer::bpe(std::string_view piece, std::vector<int32_t>& out) const {
-  if (piece.size() >= kNever)
-    fail_input("a piece of {} bytes is too long to tokenize", piece.size());
-  if (ignore_merges_) {
-    std::string spelled;
-    for (const unsigned char c : piece) spelled += spelled_bytes()[c];
-    if (const int32_t id = find(spelled); id >= 0 && tokens_[size_t(id)].own)
-      return out.push_back(id);
-  }
+  if (const int32_t id = ignore_merges_ ? find(spelled(piece)) : -1;
+      id >= 0 && tokens_[size_t(id)].own)
+    return out.push_back(id);
   std::vector<Symbol> symbols;
   bool fusing = false;
   for (const unsigned char c : piece) {

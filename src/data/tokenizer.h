@@ -77,8 +77,8 @@ class Tokenizer {
   std::optional<int32_t> eos_;
 };
 
-// Encodes faster by a cache of short pieces: one for each thread. Tokenizer::encode makes one for each
-// call; loops keep their own. The tokenizer must outlive it.
+// Encodes faster by a cache of short pieces: one for each thread. Tokenizer::encode makes one for
+// each call; loops keep their own. The tokenizer must outlive it.
 class Encoder {
  public:
   explicit Encoder(const Tokenizer& tokenizer) : tokenizer_(tokenizer), cache_(1 << 15) {}

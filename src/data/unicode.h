@@ -1,8 +1,8 @@
 #pragma once
 // UTF-8 and Unicode as the `tokenizers` library 0.23 sees them: properties of Unicode 16 (its
-// Oniguruma), combining classes of Unicode 9 (its normalizer). Debian's Oniguruma 6.9.8 and utf8proc
-// 2.8 are of other versions; the tables in unicode.cpp are the differences, found by comparing every
-// code point.
+// Oniguruma), combining classes of Unicode 9 (its normalizer). Debian's Oniguruma 6.9.8 and
+// utf8proc 2.8 are of other versions; the tables in unicode.cpp are the differences, found by
+// comparing every code point.
 
 #include <cstddef>
 #include <cstdint>
