@@ -128,7 +128,7 @@ class Tensor {
   // Converted copy, for tests and small results.
   template <class T> std::vector<T> to_vector() const {
     std::vector<T> out(static_cast<size_t>(numel()));
-    const auto copy = [&](auto z) { std::ranges::copy(span<decltype(z)>(), out.begin()); };
+    const auto copy = [&](auto z) { std::copy_n(data<decltype(z)>(), numel(), out.begin()); };
     switch (dtype_) {
       case DType::i64: copy(int64_t{}); break;
       case DType::i32: copy(int32_t{}); break;
