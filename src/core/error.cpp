@@ -10,9 +10,8 @@
 #include "core/op.h"
 
 namespace pith {
-namespace {
 
-void on_crash(int signal) {
+static void on_crash(int signal) {
   // The thread that prints, or its alarm, ends the process: the op's text allocates, and the crash
   // may hold the allocator's lock.
   static std::atomic_flag printing;
@@ -26,8 +25,6 @@ void on_crash(int signal) {
   ::signal(signal, SIG_DFL);
   ::raise(signal);
 }
-
-}  // namespace
 
 std::string Loc::str() const {
   const std::string_view path = file;

@@ -16,10 +16,9 @@ Op::Op(Tape& tape, const char* name, Loc at, std::vector<Tape::Arg> args, bool b
       args_(std::move(args)),
       previous_(current.load()) {
   for (Tape::Arg& a : args_) {
-    if (!a.tensor && !backward) reject(fmt::format("{} is an empty tensor", a.name));
-    if (a.tensor.device() != tape.context.device)
-      reject(fmt::format("{} is on {}, the tape runs on {}", a.name, name_of(a.tensor.device()),
-                         name_of(tape.context.device)));
+    require(a.tensor || backward, "{} is an empty tensor", a.name);
+    require(a.tensor.device() == tape.context.device, "{} is on {}, the tape runs on {}", a.name,
+            name_of(a.tensor.device()), name_of(tape.context.device));
     a.tensor = a.tensor.identity();
   }
   current = this;
@@ -76,9 +75,8 @@ void Op::check_written() const {
     if (t.dtype() > DType::bf16) continue;
     const std::vector<double> values = t.to_vector<double>();
     const auto bad = std::ranges::find_if(values, [](double v) { return !std::isfinite(v); });
-    if (bad != values.end())
-      reject(fmt::format("wrote a non-finite value at element {} of {}", bad - values.begin(),
-                         t.str()));
+    require(bad == values.end(), "wrote a non-finite value at element {} of {}",
+            bad - values.begin(), t.str());
   }
 }
 
@@ -111,7 +109,7 @@ void Op::give(const Tensor& x, Tensor grad) {
 
 void Op::defer(Param& p, const Tensor& x, const Tensor& dy, const Tensor& offsets) {
   if (!p.grad) return;
-  if (!tape_.queue) reject("the tape has no queue for the weight gradient of " + p.name);
+  require(tape_.queue, "the tape has no queue for the weight gradient of {}", p.name);
   tape_.queue->push_back({&p, x, dy, offsets, at_});
 }
 

@@ -6,13 +6,11 @@
 
 namespace pith {
 
-namespace {
 constexpr std::pair<const char*, size_t> kDTypes[] = {{"fp64", 8},   {"fp32", 4},  {"bf16", 2},
                                                       {"e4m3", 1},   {"int64", 8}, {"int32", 4},
                                                       {"uint16", 2}, {"uint8", 1}};
 constexpr const char* kDevices[] = {"cpu", "cuda", "meta"};
-std::atomic<uint64_t> last_id{0};
-}  // namespace
+static std::atomic<uint64_t> last_id{0};
 
 size_t size_of(DType t) { return kDTypes[int(t)].second; }
 const char* name_of(DType t) { return kDTypes[int(t)].first; }

@@ -1,11 +1,8 @@
 #include "core/value.h"
 
 namespace pith {
-namespace {
 
-std::string prefix(const Value& v) { return v.where().empty() ? "" : v.where() + ": "; }
-
-}  // namespace
+static std::string prefix(const Value& v) { return v.where().empty() ? "" : v.where() + ": "; }
 
 std::string printable(std::string_view text, size_t limit) {
   const std::string quoted = Value(std::string(text.substr(0, limit))).json();

@@ -1,18 +1,16 @@
 #include "models/balance.h"
 
 namespace pith {
-namespace {
 
 // Adds coefficient * scalar (wide [1]) to what is differentiated and scalar to the statistics.
-void add_loss(Tape& t, MicroBatch& mb, const char* name, const Tensor& scalar, double coefficient) {
+static void add_loss(Tape& t, MicroBatch& mb, const char* name, const Tensor& scalar,
+                     double coefficient) {
   if (mb.statistics) {
     Tensor& sum = (*mb.statistics)[name];
     sum = wide_scalar(t.context, (sum ? value_of(sum) : 0) + value_of(scalar));
   }
   if (t.recording() && coefficient != 0) t.set_grad(scalar, wide_scalar(t.context, coefficient));
 }
-
-}  // namespace
 
 RouterState declare_router_state(ParamSet& params, const Balance& balance,
                                  const std::string& prefix, int64_t experts) {
