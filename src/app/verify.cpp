@@ -34,15 +34,6 @@ int report(std::vector<Row> rows) {
   return ok ? 0 : 1;
 }
 
-double relative_l2(const std::vector<double>& a, const std::vector<double>& reference) {
-  double difference = 0, norm = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    difference += (a[i] - reference[i]) * (a[i] - reference[i]);
-    norm += reference[i] * reference[i];
-  }
-  return norm > 0 ? std::sqrt(difference / norm) : std::sqrt(difference);
-}
-
 double one_minus_cosine(const std::vector<double>& a, const std::vector<double>& b) {
   double ab = 0, aa = 0, bb = 0;
   for (size_t i = 0; i < a.size(); ++i) ab += a[i] * b[i], aa += a[i] * a[i], bb += b[i] * b[i];
