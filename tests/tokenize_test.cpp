@@ -47,7 +47,7 @@ Strings documents(const std::string& prefix) {
   const Corpus c(prefix);
   Strings out;
   for (int64_t d = 0; d < c.documents(); ++d) {
-    std::vector<int32_t> ids(size_t(c.document_length(d)));
+    std::vector<int32_t> ids(size_t(c.document_offset(d + 1) - c.document_offset(d)));
     c.read(c.document_offset(d), int64_t(ids.size()), ids.data());
     EXPECT_EQ(ids.back(), *t.eos_id());
     ids.pop_back();
@@ -61,6 +61,23 @@ std::string line_of(const std::string& text, const std::string& key = "text") {
   v["n"] = 1;
   v[key] = text;
   return v.json() + "\n";
+}
+
+std::string zstd(const std::string& text) {
+  const std::unique_ptr<ZSTD_CCtx, size_t (*)(ZSTD_CCtx*)> context(ZSTD_createCCtx(),
+                                                                   &ZSTD_freeCCtx);
+  ZSTD_CCtx_setParameter(context.get(), ZSTD_c_checksumFlag, 1);  // as the program zstd does
+  std::string out(ZSTD_compressBound(text.size()), '\0');
+  out.resize(ZSTD_compress2(context.get(), out.data(), out.size(), text.data(), text.size()));
+  return out;
+}
+
+std::string gzip(const std::string& text) {
+  const TempDir dir;
+  const gzFile file = gzopen((dir / "gz").c_str(), "wb");
+  gzwrite(file, text.data(), unsigned(text.size()));
+  gzclose(file);
+  return read_file(dir / "gz");
 }
 
 std::string message_of(const TokenizeOptions& o) {
@@ -85,30 +102,47 @@ TEST(Tokenize, EveryKindOfInput) {
   put(dir / "b.jsonl",
       line_of("second") + "\n  \n" + line_of("third\nline") + line_of("last", "text"));
   const std::string more = line_of("packed one") + line_of("packed two");
-  gzFile gz = gzopen((dir / "c.jsonl.gz").c_str(), "wb");
-  gzwrite(gz, more.data(), unsigned(more.size()));
-  gzclose(gz);
-  std::string packed(ZSTD_compressBound(more.size()), '\0');
-  packed.resize(ZSTD_compress(packed.data(), packed.size(), more.data(), more.size(), 3));
-  put(dir / "d.jsonl.zst", packed + packed);  // two frames
+  const std::string gzipped = gzip(more), packed = zstd(more);
+  put(dir / "c.jsonl.gz", gzipped + gzipped);  // two members
+  put(dir / "d.jsonl.zst", packed + packed);   // two frames
   put(dir / "empty.txt", "");
   const TokenizeResult r = tokenize_corpus(options(
       {dir / "a.txt", dir / "b.jsonl", dir / "c.jsonl.gz", dir / "d.jsonl.zst", dir / "empty.txt"},
       dir / "out/c"));
-  EXPECT_EQ(documents(dir / "out/c"),
-            (Strings{"first", "second", "third\nline", "last", "packed one", "packed two",
-                     "packed one", "packed two", "packed one", "packed two"}));
-  EXPECT_EQ(r.documents, 10);
+  EXPECT_EQ(
+      documents(dir / "out/c"),
+      (Strings{"first", "second", "third\nline", "last", "packed one", "packed two", "packed one",
+               "packed two", "packed one", "packed two", "packed one", "packed two"}));
+  EXPECT_EQ(r.documents, 12);
   EXPECT_EQ(r.tokens, Corpus(dir / "out/c").tokens());
-  EXPECT_EQ(r.bytes, 5 + 6 + 10 + 4 + 60);
-  EXPECT_NE(r.str().find("10 documents"), std::string::npos);
+  EXPECT_EQ(r.bytes, 5 + 6 + 10 + 4 + 80);
+  EXPECT_NE(r.str().find("12 documents"), std::string::npos);
 
-  put(dir / "cut.jsonl.zst", packed.substr(0, packed.size() - 3));
-  EXPECT_NE(message_of(options({dir / "cut.jsonl.zst"}, dir / "bad")).find("cut.jsonl.zst"),
-            std::string::npos);
-  put(dir / "cut.jsonl.gz", read_file(dir / "c.jsonl.gz").substr(0, 30));
-  EXPECT_NE(message_of(options({dir / "cut.jsonl.gz"}, dir / "bad")).find("cut.jsonl.gz"),
-            std::string::npos);
+  put(dir / "empty.jsonl", "");
+  put(dir / "empty.jsonl.gz", gzip(""));
+  put(dir / "empty.jsonl.zst", zstd(""));
+  EXPECT_NE(
+      message_of(options({dir / "empty.jsonl", dir / "empty.jsonl.gz", dir / "empty.jsonl.zst"},
+                         dir / "bad"))
+          .find("no text"),
+      std::string::npos);
+  const auto refused = [&](const std::string& name, const std::string& bytes) {
+    put(dir / name, bytes);
+    const std::string message = message_of(options({dir / name}, dir / "bad"));
+    EXPECT_NE(message.find(name), message.npos) << message;
+    EXPECT_EQ(message.find('\n'), message.npos) << message;
+  };
+  for (size_t cut : {3, 20}) {
+    refused("cut.jsonl.zst", packed.substr(0, packed.size() - cut));
+    refused("cut.jsonl.gz", gzipped.substr(0, gzipped.size() - cut));
+  }
+  for (const size_t at : {0, 12, 30}) {
+    std::string bad_zstd = packed, bad_gzip = gzipped;
+    bad_zstd[at] ^= 0x41;
+    bad_gzip[at] ^= 0x41;
+    refused("bad.jsonl.zst", bad_zstd);
+    refused("bad.jsonl.gz", bad_gzip);
+  }
   EXPECT_FALSE(fs::exists(dir / "bad.bin") || fs::exists(dir / "bad.idx"));
 }
 
@@ -263,7 +297,8 @@ TEST(Tokenize, ContinuesAfterKill) {
   EXPECT_FALSE(fs::exists(dir / "c.tokenize.partial") || fs::exists(dir / "c.bin.partial"));
 
   // What another run left is not continued.
-  put(dir / "c.tokenize.partial", R"({"fingerprint":"0123456789abcdef","state":[0,5,1,1,1,5]})");
+  put(dir / "c.tokenize.partial",
+      R"({"fingerprint":"0123456789abcdef","chunks":1,"documents":1,"tokens":1,"bytes":5})");
   put(dir / "c.bin.partial", "xxxxxxxx");
   o.output = dir / "c";
   put(dir / "a.jsonl", line_of("new"));

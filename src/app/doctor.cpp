@@ -84,7 +84,7 @@ int run_doctor() {
   fmt::print("machine\n");
   print_machine();
   fmt::print("\nlibraries in use\n");
-  for (const char* name : {"libdnnl", "libopenblas", "libgomp", "libpcre2-8", "libutf8proc",
+  for (const char* name : {"libdnnl", "libopenblas", "libgomp", "libonig", "libutf8proc",
                            "libzstd", "libz.", "libfmt"}) {
     const std::string place = loaded_from(name);
     print_row(name, place.empty() ? "linked statically" : place);

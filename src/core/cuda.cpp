@@ -79,10 +79,9 @@ void release(void* p) { cudaFreeAsync(p, stream()); }
 
 void copy(void* to, const void* from, size_t bytes) {
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream()));
-  cudaPointerAttributes a{}, b{};
-  check(cudaPointerGetAttributes(&a, to));
-  check(cudaPointerGetAttributes(&b, from));
-  if (a.type != cudaMemoryTypeDevice || b.type != cudaMemoryTypeDevice) synchronize();
+  cudaPointerAttributes target{};
+  check(cudaPointerGetAttributes(&target, to));
+  if (target.type != cudaMemoryTypeDevice) synchronize();
 }
 
 void fill_zero(void* p, size_t bytes) { check(cudaMemsetAsync(p, 0, bytes, stream())); }

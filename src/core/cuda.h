@@ -23,8 +23,8 @@ bool is_available();
 
 void* allocate(size_t bytes);  // nullptr when there is no such piece of memory left
 void release(void* p);         // what was launched before may still use it
-// Between device and device, or device and host, either way. Done on return if the host has part
-// in it.
+// Between device and device, or device and host, either way. What is read on the host may be
+// changed, and what is written there be read, on return.
 void copy(void* to, const void* from, size_t bytes);
 void fill_zero(void* p, size_t bytes);
 void synchronize();

@@ -1,11 +1,30 @@
 #pragma once
 // Errors: two kinds, both one line for the user. InputError is something the caller can mend (a
 // file, a key, a value: exit code 2); Error is everything else (exit code 1). main() holds the only
-// catch.
+// catch. Nearly every file includes this one, so it also brings the standard headers that nearly
+// every file uses: what is listed here is not included again elsewhere.
 
 #include <fmt/core.h>
 
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <set>
+#include <span>
 #include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 namespace pith {
 
@@ -39,9 +58,9 @@ template <class... A> [[noreturn]] void fail_input(fmt::format_string<A...> f, A
 // One line on stderr, "warning: ..."; the same text is printed once per process.
 void warn_once(const std::string& text);
 
-// On SIGSEGV, SIGBUS, SIGFPE, SIGILL and SIGABRT: prints the op that was running (see Op) and a C++
-// stack trace to stderr, then dies of the same signal (of SIGALRM, should printing hang). The trace
-// of an Error is not printed: its message names the line.
+// On SIGSEGV, SIGBUS, SIGFPE, SIGILL and SIGABRT: prints the op that was running (see Op) and a
+// stack trace (c++filt reads its names) to stderr, then dies of the same signal (of SIGALRM, should
+// printing hang). The trace of an Error is not printed: its message names the line.
 void install_crash_handler();
 
 }  // namespace pith

@@ -2,8 +2,7 @@
 
 #include <malloc.h>
 
-#include <algorithm>
-#include <map>
+#include <atomic>
 #include <mutex>
 
 #include "core/cuda.h"
@@ -12,13 +11,9 @@
 namespace pith::memory {
 namespace {
 
-struct Account {
-  size_t live = 0, peak = 0;
-};
-
-std::mutex mutex;
-Account accounts[3];
+std::atomic<size_t> live_bytes[3], peak_bytes[3];  // by device
 std::map<std::string, Line> planned, at_peak;  // by name, on meta only: planning may take its time
+std::mutex mutex;                              // of what changes them
 
 // Large buffers stay in the heap instead of going back to the kernel: page faults would cost as
 // much as the element-wise ops themselves.
@@ -35,9 +30,16 @@ void* host_memory(size_t bytes) {
   return p;
 }
 
-Account account(Device device) {
-  std::lock_guard lock(mutex);
-  return accounts[int(device)];
+// Adds `count` buffers, `bytes` in all; negative ones go.
+void add(Device device, const char* name, int64_t bytes, int64_t count) {
+  const std::lock_guard lock(mutex);
+  const size_t now = live_bytes[int(device)] += size_t(bytes);
+  const bool new_peak = now > peak_bytes[int(device)];
+  if (new_peak) peak_bytes[int(device)] = now;
+  if (device != Device::meta) return;
+  Line& line = planned[name];
+  line = {name, line.bytes + size_t(bytes), line.count + count};
+  if (new_peak) at_peak = planned;
 }
 
 }  // namespace
@@ -49,38 +51,27 @@ void* allocate(size_t bytes, Device device, const char* name) {
   if (device != Device::meta && !p)
     fail("out of {} memory: {} needs {} bytes, {} are live", name_of(device), name, bytes,
          live(device));
-  std::lock_guard lock(mutex);
-  Account& a = accounts[int(device)];
-  const bool new_peak = (a.live += bytes) > a.peak;
-  if (new_peak) a.peak = a.live;
-  if (device != Device::meta) return p;
-  Line& line = planned[name];
-  line = {name, line.bytes + bytes, line.count + 1};
-  if (new_peak) at_peak = planned;
+  add(device, name, int64_t(bytes), 1);
   return p;
 }
 
 void release(void* p, size_t bytes, Device device, const char* name) {
   if (device == Device::cpu && p) std::free(static_cast<void**>(p)[-1]);
   if (device == Device::cuda) cuda::release(p);
-  std::lock_guard lock(mutex);
-  accounts[int(device)].live -= bytes;
-  if (device != Device::meta) return;
-  Line& line = planned[name];
-  line = {name, line.bytes - bytes, line.count - 1};
+  add(device, name, -int64_t(bytes), -1);
 }
 
-size_t live(Device device) { return account(device).live; }
-size_t peak(Device device) { return account(device).peak; }
+size_t live(Device device) { return live_bytes[int(device)]; }
+size_t peak(Device device) { return peak_bytes[int(device)]; }
 
 void reset_peak(Device device) {
-  std::lock_guard lock(mutex);
-  accounts[int(device)].peak = accounts[int(device)].live;
+  const std::lock_guard lock(mutex);
+  peak_bytes[int(device)] = live(device);
   if (device == Device::meta) at_peak = planned;
 }
 
 std::vector<Line> planned_peak() {
-  std::lock_guard lock(mutex);
+  const std::lock_guard lock(mutex);
   std::vector<Line> lines;
   for (const auto& [name, line] : at_peak)
     if (line.bytes) lines.push_back(line);

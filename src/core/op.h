@@ -25,11 +25,7 @@ struct OpError : Error {  // already carries its op and line
 
 class Op {
  public:
-  struct Arg {
-    const char* name;
-    const Tensor& tensor;
-  };
-  Op(Tape& tape, const char* name, Loc at, std::initializer_list<Arg> args);
+  Op(Tape& tape, const char* name, Loc at, std::vector<Tape::Arg> args, bool backward = false);
   Op(const Op&) = delete;
   ~Op();
 
@@ -43,28 +39,21 @@ class Op {
   // accounting keeps it).
   Tensor output(const char* name, Shape shape, DType dtype);
   // Scratch memory, freed with the last copy of the tensor; counted like every buffer.
-  Tensor workspace(const char* name, Shape shape, DType dtype);
+  Tensor workspace(const char* name, Shape shape, DType dtype) {
+    return Tensor(shape, dtype, tape_.context.device, name);
+  }
 
-  // Runs `cpu` on cpu tensors, `cuda` on cuda tensors; on meta only the cost is counted. Where there
-  // is no `cuda`, an op runs on the host, with copies and a warning. `cuda` takes the stream as
-  // `auto`, so that nothing of it is compiled without CUDA. Anything they throw is reported at this
-  // op's line.
-  struct OnHost {};
-  template <class Cpu, class Cuda = OnHost> void run(Cost cost, Cpu&& cpu, Cuda&& cuda = {}) {
-    if (!start(cost)) return;
-    try {
-      if (tape_.context.device == Device::cpu)
-        cpu();
-      else if constexpr (std::is_same_v<std::decay_t<Cuda>, OnHost>)
-        run_on_host(cpu);
-      else if constexpr (cuda::kBuilt)
-        cuda(cuda::stream());
-    } catch (const OpError&) {
-      throw;
-    } catch (const std::exception& e) {
-      reject(e.what());
-    }
-    finish();
+  // Runs `cpu` on cpu tensors, `gpu` on cuda tensors; on meta only the cost is counted. Without a
+  // `gpu` an op runs on the host there, with copies and a warning. `gpu` takes the stream as `auto`,
+  // so that nothing of it is compiled without CUDA. Anything they throw is reported at this op's
+  // line.
+  using OnGpu = std::function<void(cuda::Stream)>;
+  void run(Cost cost, const std::function<void()>& cpu, const OnGpu& gpu = nullptr);
+  template <class F> void run(Cost cost, const std::function<void()>& cpu, F gpu) {
+    if constexpr (cuda::kBuilt)
+      run(cost, cpu, OnGpu([&](cuda::Stream s) { gpu(s); }));
+    else
+      run(cost, cpu, nullptr);
   }
 
   // Appends the closure that computes input gradients; dropped unless the tape records. It is
@@ -73,7 +62,8 @@ class Op {
   void backward(std::function<void(Op&)> f);
 
   // Inside a backward closure:
-  Tensor grad(const Tensor& y);  // gradient of an output; zeros if this one got none
+  // The gradient of an output, once; zeros if this one got none.
+  Tensor grad(const Tensor& y) { return tape_.take_grad(y).reshape(y.shape()); }
   struct Into {
     Tensor tensor;     // where to write; empty if nobody wants this gradient
     bool add = false;  // add to what is there, else overwrite
@@ -88,26 +78,20 @@ class Op {
   Context& context() const { return tape_.context; }
   bool recording() const { return tape_.record_; }
   bool wants(const Tensor& x) const { return tape_.wants(x); }
-  std::string text() const;  // "rms_norm backward at qwen3_moe.cpp:142: x bf16[4, 8] cpu"
+  // "qwen3_moe.cpp:142: rms_norm backward: MESSAGE; x bf16[4, 8] cpu"
+  std::string text(const std::string& message) const;
 
  private:
   friend class Tape;
-  Op(Tape& tape, const Tape::Entry& entry);  // backward of an entry
-  bool start(Cost cost);
-  void run_on_host(const std::function<void()>& cpu) const;
-  void finish();
   void check_written() const;
-  std::string arguments() const;
 
   Tape& tape_;
   const char* name_;
   Loc at_;
-  bool backward_ = false;
-  std::vector<Tape::Arg> args_;
+  bool backward_;
+  std::vector<Tape::Arg> args_;  // without their memory
   std::vector<Tensor> written_;  // outputs, and gradients in backward: for check_finite
   std::vector<uint64_t> outputs_;
-  int64_t begin_ns_ = 0;
-  Cost cost_;
   const Op* previous_;
 };
 

@@ -15,21 +15,16 @@
 #include <toml++/toml.h>
 // clang-format on
 
-#include <algorithm>
-#include <map>
-
-#include "core/error.h"
 #include "core/value.h"
 
 namespace pith {
-namespace {
 
 constexpr int kMaxDepth = 100;
 constexpr int64_t kMaxDots = 10000;
 
 // `node` as a Value; `path` is its dotted name and `line` where it is written.
-Value convert(const toml::node& node, const std::string& name, const std::string& path,
-              uint32_t line, int depth) {
+static Value convert(const toml::node& node, const std::string& name, const std::string& path,
+                     uint32_t line, int depth) {
   const std::string where = path.empty() ? name : fmt::format("{}:{}: {}", name, line, path);
   if (depth > kMaxDepth) fail_input("{}: nested deeper than {}", where, kMaxDepth);
   Value v;
@@ -59,8 +54,6 @@ Value convert(const toml::node& node, const std::string& name, const std::string
   v.set_where(where);
   return v;
 }
-
-}  // namespace
 
 Value parse_toml(std::string_view text, const std::string& name) {
   // toml++ destroys nested tables recursively, and "a.a.a..." nests without any limit of its own.

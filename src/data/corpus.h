@@ -21,30 +21,25 @@ class Corpus {
  public:
   explicit Corpus(const std::string& prefix);  // PREFIX.idx and PREFIX.bin
   const std::string& prefix() const { return prefix_; }
-  int64_t sequences() const { return sequences_; }
-  int64_t documents() const { return documents_; }
+  int64_t documents() const { return int64_t(document_offsets_.size()) - 1; }
   int64_t tokens() const { return tokens_; }
-  int token_bytes() const { return token_bytes_; }  // 2 or 4
 
   // Ids [begin, begin + count) of the concatenated stream into out[count]. Error outside the
   // stream.
   void read(int64_t begin, int64_t count, int32_t* out) const;
 
-  // In tokens. Sequence or document i begins at its offset; i = sequences() or documents() gives
-  // tokens().
-  int64_t sequence_offset(int64_t i) const;
-  int64_t sequence_length(int64_t i) const { return sequence_offset(i + 1) - sequence_offset(i); }
-  int64_t document_offset(int64_t d) const;
-  int64_t document_length(int64_t d) const { return document_offset(d + 1) - document_offset(d); }
-  int64_t document_of(int64_t token) const;  // the document a position is in; O(log documents)
-  int64_t document_start(int64_t token) const { return document_offset(document_of(token)); }
+  // In tokens. Document d begins at its offset; document_offset(documents()) is tokens().
+  int64_t document_offset(int64_t d) const { return document_offsets_.at(size_t(d)); }
+  // The document a position is in; O(log documents).
+  int64_t document_of(int64_t token) const;
 
  private:
-  void check_index() const;
+  void read_documents(const MappedFile& index, int64_t sequences, int64_t documents);
   std::string prefix_;
-  MappedFile index_, data_;
-  int64_t sequences_ = 0, documents_ = 0, tokens_ = 0;
-  int token_bytes_ = 0;
+  MappedFile data_;
+  std::vector<int64_t> document_offsets_;
+  int64_t tokens_ = 0;
+  int token_bytes_ = 0;  // 2 or 4
 };
 
 // Writer. Tokens and lengths grow in PREFIX.bin.partial and PREFIX.len.partial; finish() makes the
@@ -53,7 +48,7 @@ class Corpus {
 class CorpusWriter {
  public:
   // uint16 when vocab_size < 65500, else int32. Keeps the first `documents` documents of `tokens`
-  // tokens of the partial files (InputError if they have fewer); 0, 0 starts afresh.
+  // tokens of the partial files; starts afresh if they have fewer.
   CorpusWriter(const std::string& prefix, int64_t vocab_size, int64_t documents = 0,
                int64_t tokens = 0);
   // One document of one sequence. Error for an id outside the vocabulary.
@@ -62,9 +57,6 @@ class CorpusWriter {
   void finish();         // InputError when nothing was added
   int64_t documents() const { return documents_; }
   int64_t tokens() const { return tokens_; }
-  // Whether the partial files hold that much.
-  static bool can_continue(const std::string& prefix, int64_t vocab_size, int64_t documents,
-                           int64_t tokens);
 
  private:
   void drain();
@@ -73,8 +65,7 @@ class CorpusWriter {
   int64_t vocab_size_, documents_, tokens_;
   int token_bytes_;
   OutputFile bin_, lengths_;
-  std::vector<char> bin_buffer_;
-  std::vector<int32_t> length_buffer_;
+  std::string bin_buffer_, length_buffer_;
 };
 
 }  // namespace pith

@@ -5,115 +5,21 @@
 #include <numeric>
 
 #include "core/rng.h"
-#include "data/corpus.h"
 
 namespace pith {
 namespace {
 
 constexpr int32_t kIgnored = -100;
-constexpr int64_t kShares = int64_t(1) << 30;  // weights are rounded to integers of about this sum
+constexpr double kShares = 1 << 30;  // weights are rounded to integers of about this sum
 
 }  // namespace
 
-struct Loader::State {
-  struct Source {
-    Corpus corpus;
-    int64_t windows, share;
-    int64_t taken = 0, lag = 0;
-  };
-  std::vector<Source> sources;
-  int64_t sequence, vocab_size;
-  bool document_mask, sequential;
-  uint64_t seed;
-
-  // The turns of the corpora: integers, so the order is exact and the same on every machine. lag =
-  // share * i - total * taken after i samples.
-  int64_t total = 0, position = 0;
-
-  void open(const std::string& prefix, int64_t share) {
-    Corpus corpus(prefix);
-    if (corpus.tokens() < sequence + 1)
-      fail_input("{}: {} tokens are too few, one sample of sequence_length {} takes {}", prefix,
-                 corpus.tokens(), sequence, sequence + 1);
-    const int64_t windows = (corpus.tokens() - 1) / sequence;
-    sources.push_back({std::move(corpus), windows, share});
-    total += share;
-  }
-
-  // The corpus of the sample at `position`, and moves on.
-  size_t next() {
-    size_t best = sources.size();
-    for (size_t c = 0; c < sources.size(); ++c) {
-      Source& s = sources[c];
-      s.lag += s.share;
-      // Time until the next sample is due is (total - lag) / share; ties go to the earlier corpus.
-      const bool sooner = best == sources.size() || (total - s.lag) * sources[best].share <
-                                                        (total - sources[best].lag) * s.share;
-      if (s.lag > 0 && sooner) best = c;
-    }
-    sources[best].lag -= total;
-    ++sources[best].taken;
-    ++position;
-    return best;
-  }
-
-  void move_to(int64_t sample) {
-    if (sample < position) {
-      position = 0;
-      for (Source& s : sources) s.taken = s.lag = 0;
-    }
-    if (sources.size() == 1) position = sources[0].taken = sample;
-    while (position < sample) next();
-  }
-
-  // Row `row` of the batch: the next window of the blend, or of all corpora in order.
-  void fill_next(Batch& batch, int64_t row) {
-    const size_t c = next();
-    const Source& s = sources[c];
-    const int64_t use = s.taken - 1, epoch = use / s.windows;
-    const uint64_t key = stream_key(seed, fmt::format("corpus {} epoch {}", c, epoch));
-    fill(batch, row, s.corpus,
-         int64_t(permute(uint64_t(use % s.windows), uint64_t(s.windows), key)));
-  }
-
-  void fill_sequential(Batch& batch, int64_t row, int64_t window) const {
-    size_t c = 0;
-    while (window >= sources[c].windows) window -= sources[c++].windows;
-    fill(batch, row, sources[c].corpus, window);
-  }
-
-  void fill(Batch& batch, int64_t row, const Corpus& corpus, int64_t window) const {
-    const int64_t begin = window * sequence;
-    std::vector<int32_t> ids(size_t(sequence) + 1);
-    corpus.read(begin, sequence + 1, ids.data());
-    for (int64_t i = 0; i <= sequence; ++i)
-      if (ids[i] < 0 || ids[i] >= vocab_size)
-        fail_input("{}: token {} at position {} is outside the vocabulary of {}", corpus.prefix(),
-                   ids[i], begin + i, vocab_size);
-    const auto at = [&](Tensor& t) { return t.data<int32_t>() + row * sequence; };
-    int32_t *labels = at(batch.labels), *positions = at(batch.positions);
-    std::copy(ids.begin(), ids.end() - 1, at(batch.tokens));
-    std::copy(ids.begin() + 1, ids.end(), labels);
-    std::iota(positions, positions + sequence, 0);
-    batch.label_count += sequence;
-    if (!document_mask) return;
-    int32_t* starts = at(batch.document_start);
-    // Document by document: [from, end) in the window.
-    for (int64_t from = 0, end; from < sequence; from = end) {
-      const int64_t next = corpus.document_offset(corpus.document_of(begin + from) + 1) - begin;
-      end = std::min(next, sequence);
-      std::fill(starts + from, starts + end, int32_t(from));
-      std::iota(positions + from, positions + end, 0);
-      if (next > sequence) continue;
-      labels[next - 1] = kIgnored;  // what follows belongs to another document
-      --batch.label_count;
-    }
-  }
-};
-
 Loader::Loader(const std::vector<std::pair<std::string, double>>& corpora, int64_t sequence_length,
                int64_t vocab_size, bool document_mask, uint64_t seed)
-    : state_(new State{{}, sequence_length, vocab_size, document_mask, false, seed}) {
+    : sequence_(sequence_length),
+      vocab_size_(vocab_size),
+      document_mask_(document_mask),
+      seed_(seed) {
   if (corpora.empty()) fail_input("no corpus was given");
   if (sequence_length < 1)
     fail_input("sequence_length is {}, it must be at least 1", sequence_length);
@@ -123,8 +29,16 @@ Loader::Loader(const std::vector<std::pair<std::string, double>>& corpora, int64
       fail_input("{}: weight is {}, it must be positive", prefix, weight);
     sum += weight;
   }
-  for (const auto& [prefix, weight] : corpora)
-    state_->open(prefix, std::max<int64_t>(1, std::llround(weight / sum * double(kShares))));
+  for (const auto& [prefix, weight] : corpora) {
+    Corpus corpus(prefix);
+    const int64_t windows = (corpus.tokens() - 1) / sequence_;
+    if (windows < 1)
+      fail_input("{}: {} tokens are too few, one sample of sequence_length {} takes {}", prefix,
+                 corpus.tokens(), sequence_, sequence_ + 1);
+    const auto share = std::max<int64_t>(1, std::llround(weight / sum * kShares));
+    sources_.push_back({std::move(corpus), windows, share});
+    shares_ += share;
+  }
 }
 
 Loader Loader::sequential(const std::vector<std::string>& corpora, int64_t sequence_length,
@@ -132,32 +46,90 @@ Loader Loader::sequential(const std::vector<std::string>& corpora, int64_t seque
   std::vector<std::pair<std::string, double>> weighted;
   for (const std::string& prefix : corpora) weighted.emplace_back(prefix, 1.0);
   Loader loader(weighted, sequence_length, vocab_size, document_mask, 0);
-  loader.state_->sequential = true;
+  loader.sequential_ = true;
   return loader;
 }
 
-Loader::Loader(Loader&&) noexcept = default;
-Loader::~Loader() = default;
-
 int64_t Loader::size() const {
   int64_t windows = 0;
-  for (const State::Source& s : state_->sources) windows += s.windows;
+  for (const Source& s : sources_) windows += s.windows;
   return windows;
 }
 
+// The corpus of the sample at position_, and moves on.
+Loader::Source& Loader::next_source() const {
+  Source* best = nullptr;
+  for (Source& s : sources_) {
+    s.lag += s.share;
+    // Time until the next sample is due is (shares - lag) / share; ties go to the earlier corpus.
+    const bool sooner = !best || (shares_ - s.lag) * best->share < (shares_ - best->lag) * s.share;
+    if (s.lag > 0 && sooner) best = &s;
+  }
+  best->lag -= shares_;
+  ++best->taken;
+  ++position_;
+  return *best;
+}
+
+void Loader::move_to(int64_t sample) const {
+  if (sample < position_) {
+    position_ = 0;
+    for (Source& s : sources_) s.taken = s.lag = 0;
+  }
+  if (sources_.size() == 1) position_ = sources_[0].taken = sample;
+  while (position_ < sample) next_source();
+}
+
+Loader::Window Loader::next_window(int64_t sample) const {
+  if (sequential_) {
+    size_t c = 0;
+    while (sample >= sources_[c].windows) sample -= sources_[c++].windows;
+    return {sources_[c].corpus, sample * sequence_};
+  }
+  const Source& s = next_source();
+  const int64_t epoch = (s.taken - 1) / s.windows, use = (s.taken - 1) % s.windows;
+  const uint64_t key =
+      stream_key(seed_, fmt::format("corpus {} epoch {}", &s - sources_.data(), epoch));
+  return {s.corpus, int64_t(permute(uint64_t(use), uint64_t(s.windows), key)) * sequence_};
+}
+
+void Loader::fill(Batch& batch, int64_t row, Window window) const {
+  const auto& [corpus, begin] = window;
+  std::vector<int32_t> ids(size_t(sequence_) + 1);
+  corpus.read(begin, sequence_ + 1, ids.data());
+  for (int64_t i = 0; i <= sequence_; ++i)
+    if (ids[i] < 0 || ids[i] >= vocab_size_)
+      fail_input("{}: token {} at position {} is outside the vocabulary of {}", corpus.prefix(),
+                 ids[i], begin + i, vocab_size_);
+  const auto at = [&](Tensor& t) { return t.data<int32_t>() + row * sequence_; };
+  int32_t *labels = at(batch.labels), *positions = at(batch.positions);
+  std::copy(ids.begin(), ids.end() - 1, at(batch.tokens));
+  std::copy(ids.begin() + 1, ids.end(), labels);
+  std::iota(positions, positions + sequence_, 0);
+  batch.label_count += sequence_;
+  // Document by document: [from, end) in the window.
+  for (int64_t from = 0, end; document_mask_ && from < sequence_; from = end) {
+    const int64_t next = corpus.document_offset(corpus.document_of(begin + from) + 1) - begin;
+    end = std::min(next, sequence_);
+    std::fill(at(batch.document_start) + from, at(batch.document_start) + end, int32_t(from));
+    std::iota(positions + from, positions + end, 0);
+    if (next > sequence_) continue;
+    labels[next - 1] = kIgnored;  // what follows belongs to another document
+    --batch.label_count;
+  }
+}
+
 Batch Loader::batch(int64_t first, int64_t count) const {
-  State& s = *state_;
   if (first < 0 || count < 1) fail("a batch of {} sequences from {}", count, first);
-  if (s.sequential && first + count > size())
+  if (sequential_ && first + count > size())
     fail("sequences [{}, {}) of {} were asked for", first, first + count, size());
   const auto ids = [&](const char* name) {
-    return Tensor({count * s.sequence}, DType::i32, Device::cpu, name);
+    return Tensor({count * sequence_}, DType::i32, Device::cpu, name);
   };
-  Batch b{ids("tokens"), ids("labels"), ids("positions"), {}, count, s.sequence, 0};
-  if (s.document_mask) b.document_start = ids("document_start");
-  if (!s.sequential) s.move_to(first);
-  for (int64_t row = 0; row < count; ++row)
-    s.sequential ? s.fill_sequential(b, row, first + row) : s.fill_next(b, row);
+  Batch b{ids("tokens"), ids("labels"), ids("positions"), {}, count, sequence_, 0};
+  if (document_mask_) b.document_start = ids("document_start");
+  if (!sequential_) move_to(first);
+  for (int64_t row = 0; row < count; ++row) fill(b, row, next_window(first + row));
   if (b.label_count == 0)
     fail_input("sequences [{}, {}) have no labels: every document in them is one token long", first,
                first + count);

@@ -3,6 +3,7 @@
 // the mesh, the micro-batch or where a run was interrupted.
 
 #include "core/tensor.h"
+#include "data/corpus.h"
 
 namespace pith {
 
@@ -27,8 +28,6 @@ class Loader {
   // Validation: all windows of the corpora, in order.
   static Loader sequential(const std::vector<std::string>& corpora, int64_t sequence_length,
                            int64_t vocab_size, bool document_mask);
-  Loader(Loader&&) noexcept;
-  ~Loader();
 
   int64_t size() const;  // windows in one epoch of all corpora
   // Rows [first, first + count) of the endless sequence of samples (sequential: first + count <=
@@ -38,8 +37,26 @@ class Loader {
   Batch batch(int64_t first, int64_t count) const;
 
  private:
-  struct State;
-  std::unique_ptr<State> state_;
+  struct Source {
+    Corpus corpus;
+    int64_t windows, share;
+    int64_t taken = 0, lag = 0;  // lag = share * i - (sum of the shares) * taken after i samples
+  };
+  struct Window {
+    const Corpus& corpus;
+    int64_t begin;  // in tokens
+  };
+  Source& next_source() const;
+  Window next_window(int64_t sample) const;
+  void move_to(int64_t sample) const;
+  void fill(Batch& batch, int64_t row, Window window) const;
+
+  // The turns of the corpora: integers, so the order is exact and the same on every machine.
+  mutable std::vector<Source> sources_;
+  mutable int64_t position_ = 0;
+  int64_t shares_ = 0, sequence_, vocab_size_;
+  bool document_mask_, sequential_ = false;
+  uint64_t seed_;
 };
 
 }  // namespace pith

@@ -1,52 +1,44 @@
 #pragma once
 // The "pre_tokenizer" of a tokenizer.json: cuts text into the pieces that BPE works on. Split,
-// Digits, ByteLevel and Sequence of those, ByteLevel last; the patterns are Oniguruma's, run by
-// PCRE2.
+// Digits, ByteLevel and Sequence of those, ByteLevel last. The patterns are Oniguruma's.
 
 #include <functional>
 #include <memory>
-#include <string>
-#include <string_view>
-#include <vector>
 
 #include "core/value.h"
 
-struct pcre2_real_code_8;
+struct re_pattern_buffer;
 
 namespace pith {
 
+// Immutable: any number of threads may split at once.
 class PreTokenizer {
  public:
   explicit PreTokenizer(const Value& spec);  // InputError for what is not supported
-  PreTokenizer(const PreTokenizer& other);   // shares the patterns, not the memory: one per thread
 
   // Calls piece(view) for the pieces of `text` (valid UTF-8), in order. A view lives for the call.
   using Sink = std::function<void(std::string_view)>;
-  void split(std::string_view text, const Sink& piece);
+  void split(std::string_view text, const Sink& piece) const;
 
  private:
   enum class Behavior { isolated, removed, merged_with_previous, merged_with_next, contiguous };
-  struct Step {  // a prefix space where `code` is null, else a split
-    std::shared_ptr<pcre2_real_code_8> code;
+  struct Step {  // a prefix space where `regex` is null, else a split
+    std::shared_ptr<re_pattern_buffer> regex;
     Behavior behavior = Behavior::isolated;
     bool invert = false;
-    bool by_property = false;  // has a \p
   };
-  struct Piece {  // `shape` is what patterns with properties see (stand_in, data/unicode.h)
-    const char *text, *shape;
-    size_t size;
+  struct Piece {
+    std::string_view text, shape;  // patterns see `shape` (stand_in, data/unicode.h)
+    Piece part(size_t begin, size_t end) const {
+      return {text.substr(begin, end - begin), shape.substr(begin, end - begin)};
+    }
   };
-  struct Memory;
   void add(const Value& spec);
-  void add_split(const std::string& pattern, bool literal, const std::string& where,
-                 Behavior behavior, bool invert);
-  void run(size_t step, Piece piece, const Sink& sink);
-  void run_split(size_t step, Piece piece, const Sink& sink);
-  bool find(const Step& step, Piece piece, size_t at);
+  void run(size_t step, Piece piece, const Sink& sink) const;
+  void run_split(size_t step, Piece piece, const Sink& sink) const;
 
   std::vector<Step> steps_;
   bool byte_level_ = false;
-  std::shared_ptr<Memory> memory_;
 };
 
 }  // namespace pith

@@ -18,11 +18,11 @@ struct TokenizeOptions {
 };
 
 struct TokenizeResult {
-  int64_t documents = 0, tokens = 0, bytes = 0;  // bytes of document text
-  int64_t continued = 0;                         // documents that an interrupted run had done
-  double seconds = 0;                            // of this run
-  bool up_to_date = false;                       // the output was there and nothing was done
   std::string output;
+  int64_t chunks = 0, documents = 0, tokens = 0, bytes = 0;  // bytes of document text
+  int64_t continued = 0;    // documents that an interrupted run had done
+  double seconds = 0;       // of this run
+  bool up_to_date = false;  // the output was there and nothing was done
   std::string str() const;  // one line for the user
 };
 

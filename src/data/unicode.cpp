@@ -2,9 +2,9 @@
 
 #include <utf8proc.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "core/error.h"
@@ -12,12 +12,19 @@
 namespace pith {
 namespace {
 
-// What Unicode 15 and 16 added (hexadecimal), and older characters of the same general category and
-// length, of the same script where it is a large one, to put in their place.
+// Code points (hexadecimal) that combine with nothing. First those whose combining class or
+// composition the library's normalizer does not know, and U+11A7, which utf8proc 2.8 drops after a
+// Hangul syllable; then what Unicode 15 and 16 added, with older characters of the same general
+// category and length, of the same script where it is a large one, to put in their place.
 constexpr struct {
   uint32_t stand_in;
   const char* code_points;
-} kNewer[] = {
+} kInert[] = {
+    {0,
+     "7fd 898-89f 8ca-8d3 9fe c3c d3b-d3c eba 11a7 1715 1abf-1ace 1df6-1dfa a82c 10d24-10d27 "
+     "10eab-10eac 10efd-10eff 10f46-10f50 10f82-10f85 11070 1133b 1145e 11839-1183a 11930 11938 "
+     "1193d-1193e 11943 119e0 11a34 11a47 11a99 11d42 11d44-11d45 11d97 11f41-11f42 16ff0-16ff1 "
+     "1e08f 1e130-1e136 1e2ae 1e2ec-1e2ef 1e4ec-1e4ef"},
     {0x898, "897 cf3 ece"},
     {0x1b5a, "1b4e-1b4f 1b7f"},
     {0x1c88, "1c8a"},
@@ -53,64 +60,51 @@ constexpr struct {
     {0x2b738, "2b739 2ebf0-2ee5d 31350-323af"},
 };
 
-// Code points whose combining class or composition the library's normalizer does not know (it takes
-// them for starters), and U+11A7, which utf8proc 2.8 drops after a Hangul syllable.
-constexpr const char* kInert =
-    "7fd 898-89f 8ca-8d3 9fe c3c d3b-d3c eba 11a7 1715 1abf-1ace 1df6-1dfa a82c 10d24-10d27 "
-    "10eab-10eac 10efd-10eff 10f46-10f50 10f82-10f85 11070 1133b 1145e 11839-1183a 11930 11938 "
-    "1193d-1193e 11943 119e0 11a34 11a47 11a99 11d42 11d44-11d45 11d97 11f41-11f42 16ff0-16ff1 "
-    "1e08f 1e130-1e136 1e2ae 1e2ec-1e2ef 1e4ec-1e4ef";
-
-template <class F> void for_each_code_point(const char* ranges, F f) {
-  for (char* end; *ranges; ranges = end) {
-    const unsigned long first = std::strtoul(ranges, &end, 16);
-    const unsigned long last = *end == '-' ? std::strtoul(end + 1, &end, 16) : first;
-    for (unsigned long c = first; c <= last; ++c) f(c);
-  }
-}
-
-std::string nfc(std::string_view text) {
-  utf8proc_uint8_t* mapped = nullptr;
-  const utf8proc_ssize_t n = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
-                                          utf8proc_ssize_t(text.size()), &mapped,
-                                          utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
-  if (n < 0) fail("utf8proc: {}", utf8proc_errmsg(n));
-  const std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(mapped, &std::free);
-  return std::string(reinterpret_cast<const char*>(mapped), size_t(n));
-}
-
-// By code point. kMayChange: a mark, a conjoining jamo, or a character whose NFC is another: only
-// these and what stands before them need to be normalized. kStandsAlone: nothing combines with it.
-// The upper bits are an index into kNewer, plus one.
-enum : uint8_t { kMayChange = 1, kStandsAlone = 2, kNewerShift = 2 };
-
-const std::vector<uint8_t>& traits() {
+// By code point: the index into kInert plus one, or 0 if it is not there.
+uint8_t inert_index(uint32_t c) {
   static const std::vector<uint8_t> table = [] {
     std::vector<uint8_t> of(0x110000);
-    for (uint32_t c = 0xc0; c < of.size(); ++c) {
-      const utf8proc_property_t* p = utf8proc_get_property(utf8proc_int32_t(c));
-      bool changes = (p->category >= UTF8PROC_CATEGORY_MN && p->category <= UTF8PROC_CATEGORY_ME) ||
-                     p->combining_class != 0 || (c >= 0x1160 && c < 0x1200);
-      if (!changes && p->decomp_seqindex != UINT16_MAX && p->decomp_type == 0) {
-        std::string self;
-        append_utf8(c, self);
-        changes = nfc(self) != self;
+    for (size_t i = 0; i < std::size(kInert); ++i) {
+      char* end = nullptr;
+      for (const char* range = kInert[i].code_points; *range; range = end) {
+        const unsigned long first = std::strtoul(range, &end, 16);
+        const unsigned long last = *end == '-' ? std::strtoul(end + 1, &end, 16) : first;
+        for (unsigned long at = first; at <= last; ++at) of[at] = uint8_t(i + 1);
       }
-      of[c] = changes ? kMayChange : 0;
     }
-    for_each_code_point(kInert, [&](size_t c) { of[c] = kStandsAlone; });
-    for (size_t i = 0; i < std::size(kNewer); ++i)
-      for_each_code_point(kNewer[i].code_points, [&](size_t c) {
-        of[c] = uint8_t(kStandsAlone | (i + 1) << kNewerShift);
-      });
     return of;
   }();
-  return table;
+  return table[c];
 }
 
 uint32_t older(uint32_t c) {
-  const int index = traits()[c] >> kNewerShift;
-  return index ? kNewer[index - 1].stand_in : c;
+  const int index = inert_index(c);
+  const uint32_t stand_in = index ? kInert[index - 1].stand_in : 0;
+  return stand_in ? stand_in : c;
+}
+
+const utf8proc_uint8_t* bytes_of(const char* p) {
+  return reinterpret_cast<const utf8proc_uint8_t*>(p);
+}
+
+// Appends the normal form of a segment.
+void append_nfc(std::string_view text, std::string& out) {
+  if (std::none_of(text.begin(), text.end(), [](char c) { return c & 0x80; })) {
+    out += text;
+    return;
+  }
+  utf8proc_uint8_t* mapped = nullptr;
+  const utf8proc_ssize_t n =
+      utf8proc_map(bytes_of(text.data()), utf8proc_ssize_t(text.size()), &mapped,
+                   utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+  if (n < 0) fail("utf8proc: {}", utf8proc_errmsg(n));
+  out.append(reinterpret_cast<const char*>(mapped), size_t(n));
+  std::free(mapped);
+}
+
+// Writes a character and returns its length.
+size_t encode(uint32_t c, char* to) {
+  return size_t(utf8proc_encode_char(utf8proc_int32_t(c), reinterpret_cast<utf8proc_uint8_t*>(to)));
 }
 
 // First position from i on where the next 8 bytes are not all ASCII (or not 8).
@@ -122,90 +116,67 @@ size_t skip_ascii(std::string_view text, size_t i) {
   return i;
 }
 
-// Bytes of the well-formed sequence at p, or minus the length of the ill-formed maximal subpart
-// there (Unicode 16, table 3-7).
-int sequence(const unsigned char* p, size_t n) {
-  const unsigned char lead = p[0];
-  if (lead < 0x80) return 1;
-  if (lead < 0xc2 || lead > 0xf4) return -1;
-  const unsigned char low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
-  const unsigned char high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
-  if (n < 2 || p[1] < low || p[1] > high) return -1;
-  const int need = int(utf8_length(char(lead)));
-  for (int i = 2; i < need; ++i)
-    if (size_t(i) >= n || (p[i] & 0xc0) != 0x80) return -i;
-  return need;
+// Length of the ill-formed maximal subpart at p: what some bytes would complete, or one byte.
+size_t subpart(const utf8proc_uint8_t* p, size_t n) {
+  for (size_t length = std::min(n, size_t(3)); length > 1; --length)
+    for (const utf8proc_uint8_t rest : {0x80, 0xbf}) {
+      utf8proc_uint8_t bytes[4] = {rest, rest, rest, rest};
+      std::copy_n(p, length, bytes);
+      utf8proc_int32_t c = 0;
+      if (utf8proc_iterate(bytes, 4, &c) > utf8proc_ssize_t(length)) return length;
+    }
+  return 1;
 }
 
 }  // namespace
 
 uint32_t code_point(const char* p) {
-  const size_t n = utf8_length(*p);
-  uint32_t c = n == 1 ? uint32_t(*p) : uint32_t(*p) & (0x7fu >> n);
-  for (size_t i = 1; i < n; ++i) c = c << 6 | (uint32_t(p[i]) & 0x3f);
-  return c;
+  utf8proc_int32_t c = 0;
+  utf8proc_iterate(bytes_of(p), utf8proc_ssize_t(utf8_length(*p)), &c);
+  return uint32_t(c);
 }
 
 void append_utf8(uint32_t c, std::string& out) {
-  utf8proc_uint8_t bytes[4];
-  const auto n = utf8proc_encode_char(utf8proc_int32_t(c), bytes);
-  out.append(reinterpret_cast<const char*>(bytes), size_t(n));
+  char bytes[4];
+  out.append(bytes, encode(c, bytes));
 }
 
-std::string_view repair_utf8(std::string_view text, std::string& storage) {
-  const auto* p = reinterpret_cast<const unsigned char*>(text.data());
-  size_t copied = 0;
-  storage.clear();
-  for (size_t i = skip_ascii(text, 0); i < text.size(); i = skip_ascii(text, i)) {
-    const int length = sequence(p + i, text.size() - i);
-    if (length < 0) {
-      storage.append(text, copied, i - copied).append("\xef\xbf\xbd");
-      copied = i + size_t(-length);
-    }
-    i += size_t(std::abs(length));
-  }
-  return storage.empty() ? text : std::string_view(storage.append(text, copied));
-}
-
-std::string_view normalize_nfc(std::string_view text, std::string& storage) {
-  const std::vector<uint8_t>& of = traits();
-  size_t start = 0;   // of the last character that could take a mark
-  size_t copied = 0;  // up to here is in storage
-  storage.clear();
-  for (size_t i = 0; i < text.size();) {
-    if (const size_t next = skip_ascii(text, i); next != i) {
-      i = next;
-      start = i - 1;
-      continue;
-    }
-    const uint8_t trait = of[code_point(text.data() + i)];
-    if (!(trait & kMayChange)) {
-      const size_t next = i + utf8_length(text[i]);
-      start = trait & kStandsAlone ? next : i;
-      i = next;
-      continue;
-    }
-    while (i < text.size() && (of[code_point(text.data() + i)] & kMayChange))
-      i += utf8_length(text[i]);
-    storage.append(text, copied, start - copied).append(nfc(text.substr(start, i - start)));
-    copied = start = i;
-  }
-  return copied == 0 ? text : std::string_view(storage.append(text, copied));
-}
-
-std::string_view stand_in(std::string_view text, std::string& storage) {
-  storage.clear();
+std::string repair_utf8(std::string_view text) {
+  std::string out;
   size_t copied = 0;
   for (size_t i = skip_ascii(text, 0); i < text.size(); i = skip_ascii(text, i)) {
-    const uint32_t c = code_point(text.data() + i), replacement = older(c);
-    if (replacement != c) {
-      storage.append(text, copied, i - copied);
-      append_utf8(replacement, storage);
-      copied = i + utf8_length(text[i]);
-    }
-    i += utf8_length(text[i]);
+    const auto* p = bytes_of(text.data() + i);
+    const size_t left = text.size() - i;
+    utf8proc_int32_t c = 0;
+    const auto length = utf8proc_iterate(p, utf8proc_ssize_t(left), &c);
+    if (length < 0) out.append(text, copied, i - copied).append("\xef\xbf\xbd");
+    i += length < 0 ? subpart(p, left) : size_t(length);
+    if (length < 0) copied = i;
   }
-  return copied == 0 ? text : std::string_view(storage.append(text, copied));
+  return out.append(text, copied);
+}
+
+std::string normalize_nfc(std::string_view text) {
+  std::string out;
+  size_t begin = 0;  // of the segment, which ends before a line end or an inert character
+  for (size_t i = 0, n; i < text.size(); i += n) {
+    n = utf8_length(text[i]);
+    if (text[i] != '\n' && (n == 1 || !inert_index(code_point(text.data() + i)))) continue;
+    append_nfc(text.substr(begin, i - begin), out);
+    out.append(text, i, n);
+    begin = i + n;
+  }
+  append_nfc(text.substr(begin), out);
+  return out;
+}
+
+std::string stand_in(std::string_view text) {
+  std::string out(text);
+  for (size_t i = skip_ascii(out, 0); i < out.size(); i = skip_ascii(out, i)) {
+    const uint32_t c = code_point(&out[i]);
+    i += encode(older(c), &out[i]);
+  }
+  return out;
 }
 
 bool is_space(uint32_t c) {
