@@ -18,6 +18,7 @@ namespace pith {
 namespace {
 
 constexpr unsigned kTraceSeconds = 10;
+std::FILE* log_file = nullptr;  // of say()
 
 // "  pith::rms_norm(...) + 0x1a (build/pith 0x5f10)": the last pair is what addr2line -e takes.
 void print_frame(void* address) {
@@ -57,11 +58,24 @@ std::string Loc::str() const {
   return fmt::format("{}:{}", slash != nullptr ? slash + 1 : file, line);
 }
 
+void say(std::FILE* stream, const std::string& text) {
+  for (std::FILE* file : {stream, log_file}) {
+    if (file == nullptr) continue;
+    std::fputs(text.c_str(), file);
+    std::fflush(file);  // a run that is killed has said what it said
+  }
+}
+
+void open_log(const std::string& path) {
+  log_file = std::fopen(path.c_str(), "ae");
+  if (log_file == nullptr) fail_input("{}: {}", path, std::strerror(errno));
+}
+
 void warn_once(const std::string& text) {
   static std::mutex mutex;
   static std::set<std::string> printed;
   const std::lock_guard lock(mutex);
-  if (printed.insert(text).second) fmt::print(stderr, "warning: {}\n", text);
+  if (printed.insert(text).second) say(stderr, "warning: " + text + "\n");
 }
 
 void install_crash_handler() {

@@ -1,11 +1,30 @@
 #pragma once
 // Errors: two kinds, both one line for the user. InputError is something the caller can mend (a
 // file, a key, a value: exit code 2); Error is everything else (exit code 1). main() holds the only
-// catch.
+// catch. Nearly every file includes this one, so it also brings the standard headers that nearly
+// every file uses: what is listed here is not included again elsewhere.
 
 #include <fmt/core.h>
 
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <set>
+#include <span>
 #include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 namespace pith {
 
@@ -35,6 +54,10 @@ template <class... A> [[noreturn]] void fail(fmt::format_string<A...> f, A&&... 
 template <class... A> [[noreturn]] void fail_input(fmt::format_string<A...> f, A&&... a) {
   throw InputError(fmt::format(f, std::forward<A>(a)...));
 }
+
+// Prints text for the user to `stream`, and appends it to the log of the run once that is open.
+void say(std::FILE* stream, const std::string& text);
+void open_log(const std::string& path);  // InputError when it cannot be opened
 
 // One line on stderr, "warning: ..."; the same text is printed once per process.
 void warn_once(const std::string& text);

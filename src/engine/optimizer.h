@@ -34,8 +34,7 @@ class Optimizer {
  private:
   struct Slot {
     Param* param;
-    bool muon;
-    Tensor first, second;
+    Tensor first, second;  // AdamW's moments, or Muon's momentum and nothing
   };
   ParamSet& params_;
   OptimizerConfig rule_;

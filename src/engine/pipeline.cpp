@@ -40,11 +40,6 @@ Carry take_grad(Tape& t, const Carry& c) {
 
 }  // namespace
 
-MicroBatch make_micro_batch(const Batch& rows, double step_labels, double step_tokens,
-                            double micro_batches) {
-  return {rows, step_labels, step_tokens, micro_batches};
-}
-
 struct Pipeline::LayerRecord {
   Tape stage1, stage3;
   Carry in;
@@ -66,6 +61,11 @@ Pipeline::Pipeline(Model& model, Context& context, const TrainConfig& train)
       context_(context),
       micro_batch_size_(train.micro_batch_size),
       wgrad_micro_batches_(train.wgrad_micro_batches) {}
+
+Pipeline::Record Pipeline::record(const MicroBatch& mb, WgradQueue* queue) const {
+  const auto tape = [&] { return Tape(context_, queue != nullptr, queue); };
+  return {tape(), tape(), mb};
+}
 
 void Pipeline::forward_layer(Record& r, int64_t layer) {
   LayerRecord& l = r.layers.back();
@@ -93,8 +93,8 @@ void Pipeline::forward(Record& r) {
   leaf(r.head, r.last);
 }
 
-Tensor Pipeline::logits(MicroBatch mb) {
-  Record r{Tape(context_, false), Tape(context_, false), std::move(mb)};
+Tensor Pipeline::logits(const MicroBatch& mb) {
+  Record r = record(mb, nullptr);
   forward(r);
   return model_.logits(r.head, r.last);
 }
@@ -148,10 +148,9 @@ StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<
   if (trace) sums.trace.resize(size_t(micro_batches));
   for (int64_t m = 0; m < micro_batches; ++m) {
     const int64_t slot = m % wgrad_micro_batches_;
-    const auto tape = [&] { return Tape(context_, true, &queues_[size_t(slot)]); };
-    Record r{tape(), tape(),
-             make_micro_batch(batch_rows(batch, m * size, (m + 1) * size), sums.labels,
-                              double(batch.batch * batch.sequence), double(micro_batches))};
+    Record r = record({batch_rows(batch, m * size, (m + 1) * size), sums.labels,
+                       double(batch.batch * batch.sequence), double(micro_batches)},
+                      &queues_[size_t(slot)]);
     r.mb.statistics = &sums.statistics;
     if (trace) r.mb.trace = &sums.trace[size_t(m)];
     for (const Tensor& ids : replay)
@@ -165,15 +164,13 @@ StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<
   return sums;
 }
 
-StepSums Pipeline::evaluate(const Batch& batch, std::vector<Tensor>* token_losses) {
+StepSums Pipeline::evaluate(const Batch& batch) {
   StepSums sums{.labels = double(batch.label_count)};
   for (int64_t row = 0; row < batch.batch; row += micro_batch_size_) {
-    const Batch rows = batch_rows(batch, row, std::min(batch.batch, row + micro_batch_size_));
-    Record r{Tape(context_, false), Tape(context_, false), {rows}};
+    const int64_t end = std::min(batch.batch, row + micro_batch_size_);
+    Record r = record({batch_rows(batch, row, end)}, nullptr);
     forward(r);
-    Tensor per_token;
-    sums.loss += value_of(model_.head_loss(r.head, r.last, r.mb, &per_token));
-    if (token_losses) token_losses->push_back(per_token);
+    sums.loss += value_of(model_.head_loss(r.head, r.last, r.mb, nullptr));
   }
   return sums;
 }

@@ -1,17 +1,14 @@
 #include "engine/plan.h"
 
 #include "engine/checkpoint.h"
-#include "engine/optimizer.h"
 #include "engine/pipeline.h"
 
 namespace pith {
 
-DType run_dtype(const RunConfig& run) { return parse_dtype(run.dtype); }
-
 ModelOptions model_options(const RunConfig& run, Device device) {
   const BalanceConfig& b = run.balance;
   return {
-      .dtype = run_dtype(run),
+      .dtype = parse_dtype(run.dtype),
       .device = device,
       .max_positions = run.data.sequence_length,
       .balance = {b.loss, b.coefficient, b.z_loss, b.bias_update_rate, run.train.force_balance}};
@@ -19,7 +16,7 @@ ModelOptions model_options(const RunConfig& run, Device device) {
 
 Plan make_plan(const RunConfig& run) {
   memory::reset_peak(Device::meta);
-  Context context{.device = Device::meta, .dtype = run_dtype(run)};
+  Context context{.device = Device::meta, .dtype = parse_dtype(run.dtype)};
   const auto model = make_model(read_model_config(run.model), model_options(run, Device::meta));
   Optimizer optimizer(model->params, run, context);
   Plan plan;
