@@ -78,11 +78,10 @@ int run_doctor() {
                         : fmt::format("missing: apt-get install {}", package));
 
   // A library that is linked and missing keeps the program from starting; the rest is checked here.
-  constexpr int kOpenMp = 2;
   const char* verdict = "ready: the CPU path is complete";
   if (!has_flag("avx2") || !has_flag("fma"))
     verdict = "not ready: the CPU lacks AVX2 or FMA, for which this program is compiled";
-  else if (openblas_get_parallel() != kOpenMp)
+  else if (openblas_get_parallel() != 2)  // OpenMP
     verdict =
         "not ready: this OpenBLAS runs threads of its own beside OpenMP's: apt-get install "
         "libopenblas-openmp-dev";

@@ -110,15 +110,6 @@ int eval_choices(const EvalOptions& o) {
   return 0;
 }
 
-// Removed at the end of the scope, unless it was renamed.
-struct TemporaryFile {
-  const fs::path path;
-  ~TemporaryFile() {
-    std::error_code ignored;
-    fs::remove(path, ignored);
-  }
-};
-
 int eval_golden(const EvalOptions& o) {
   if (o.dump.empty()) fail_input("--golden needs --dump OUT");
   const Safetensors golden(o.golden);
@@ -127,19 +118,21 @@ int eval_golden(const EvalOptions& o) {
   const Tensor logits = session.pipeline.logits({batch});
   const StepSums sums = session.pipeline.evaluate(batch);
   const double loss = sums.loss / sums.labels;
-  const std::string directory = fs::path("./") / fs::path(o.dump).parent_path(),
-                    stem = fs::path(o.dump).filename().string() + ".tmp";
-  const TemporaryFile file{fs::path(directory) / (stem + ".safetensors")};
-  SafetensorsWriter writer(directory, stem, uint64_t(1) << 50);
-  writer.add("logits", DType::f32, {batch.batch, batch.sequence, session.model->size.vocabulary});
-  writer.add("loss", DType::f32, {1});
-  writer.create();
-  writer.write("logits", 0, logits);
-  writer.write("loss", 0, Tensor::of<double>({1}, std::vector<double>{loss}));
-  writer.close();
-  std::error_code error;
-  fs::rename(file.path, o.dump, error);
-  if (error) fail_input("--dump {}: {}", o.dump, error.message());
+  const fs::path out = fs::absolute(o.dump), temporary = o.dump + ".tmp.safetensors";
+  try {
+    SafetensorsWriter writer(out.parent_path(), out.filename().string() + ".tmp", UINT64_MAX);
+    writer.add("logits", DType::f32, {batch.batch, batch.sequence, session.model->size.vocabulary});
+    writer.add("loss", DType::f32, {1});
+    writer.create();
+    writer.write("logits", 0, logits);
+    writer.write("loss", 0, Tensor::of<double>({1}, std::vector<double>{loss}));
+    writer.close();
+    fs::rename(temporary, out);
+  } catch (const std::exception& e) {
+    std::error_code ignored;
+    fs::remove(temporary, ignored);
+    fail_input("--dump {}: {}", o.dump, e.what());
+  }
   fmt::print("loss {:.6f}\n", loss);
   return 0;
 }

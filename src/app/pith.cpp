@@ -63,11 +63,6 @@ class CommandLine {
     return sub;
   }
 
-  void add_run(CLI::App* sub, RunArguments& a) {
-    sub->add_option("run", a.file, "run file (TOML)")->required();
-    sub->add_option("overrides", a.overrides, "section.key=value ...");
-  }
-
   CLI::Option* add_model(CLI::App* sub, ModelArguments& a) {
     sub->add_option("--dtype", a.dtype, "fp64, fp32 or bf16");
     sub->add_option("--device", a.device, "cpu or cuda");
@@ -88,11 +83,13 @@ class CommandLine {
     t->add_option("--workers", tokenize_.workers, "threads, 0 = all cores");
 
     CLI::App* r = add("train", "train, or continue a run", [this] { return train(run_); });
-    add_run(r, run_);
+    CLI::App* p = add("plan", "memory of a run, without allocating it",
+                      [this] { return plan(load_run_config(run_.file, run_.overrides)); });
+    for (CLI::App* sub : {r, p}) {
+      sub->add_option("run", run_.file, "run file (TOML)")->required();
+      sub->add_option("overrides", run_.overrides, "section.key=value ...");
+    }
     r->add_flag("--dry-run", run_.dry_run, "print the configuration and the memory plan");
-    add_run(add("plan", "memory of a run, without allocating it",
-                [this] { return plan(load_run_config(run_.file, run_.overrides)); }),
-            run_);
   }
 
   void add_evaluation() {

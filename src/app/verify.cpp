@@ -77,10 +77,7 @@ struct GoldenRun {
     const std::vector<double> losses = reference("adamw.loss"),
                               norms = reference("adamw.grad_norm", losses.size());
     RunConfig run;
-    run.optimizer.lr = 1e-3;
-    run.optimizer.betas = {0.9, 0.95};
-    run.optimizer.weight_decay = 0.1;
-    run.optimizer.clip_norm = 1.0;
+    run.optimizer = {.lr = 1e-3, .betas = {0.9, 0.95}, .weight_decay = 0.1, .clip_norm = 1.0};
     for (const auto& p : session.model->params) p->decay = true;
     Optimizer optimizer(session.model->params, run, session.context);
     for (size_t step = 0; step < losses.size(); ++step) {

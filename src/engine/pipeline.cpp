@@ -57,10 +57,7 @@ struct Pipeline::Record {
 };
 
 Pipeline::Pipeline(Model& model, Context& context, const TrainConfig& train)
-    : model_(model),
-      context_(context),
-      micro_batch_size_(train.micro_batch_size),
-      wgrad_micro_batches_(train.wgrad_micro_batches) {}
+    : model_(model), context_(context), train_(train) {}
 
 Pipeline::Record Pipeline::record(const MicroBatch& mb, WgradQueue* queue) const {
   const auto tape = [&] { return Tape(context_, queue != nullptr, queue); };
@@ -127,7 +124,7 @@ void Pipeline::backward(Record& r) {
   for (int64_t layer = model_.size.layers - 1; layer >= 0; --layer) {
     d = backward_layer(r, layer, std::move(d));
     r.layers.pop_back();
-    if (wgrad_micro_batches_ == 1) flush();
+    if (train_.wgrad_micro_batches == 1) flush();
   }
   r.embed.set_grad(r.embedded.hidden, d.hidden);
   r.embed.backward();
@@ -141,13 +138,13 @@ void Pipeline::flush() {
 
 StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<Tensor>& replay) {
   StepSums sums{.labels = double(batch.label_count)};
-  const int64_t size = micro_batch_size_, micro_batches = batch.batch / size,
+  const int64_t size = train_.micro_batch_size, micro_batches = batch.batch / size,
                 tokens = size * batch.sequence;
   model_.params.begin_step();
-  queues_.assign(size_t(std::min(wgrad_micro_batches_, batch.batch)), {});
+  queues_.assign(size_t(std::min(train_.wgrad_micro_batches, batch.batch)), {});
   if (trace) sums.trace.resize(size_t(micro_batches));
   for (int64_t m = 0; m < micro_batches; ++m) {
-    const int64_t slot = m % wgrad_micro_batches_;
+    const int64_t slot = m % train_.wgrad_micro_batches;
     Record r = record({batch_rows(batch, m * size, (m + 1) * size), sums.labels,
                        double(batch.batch * batch.sequence), double(micro_batches)},
                       &queues_[size_t(slot)]);
@@ -159,15 +156,15 @@ StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<
     r.loss = model_.head_loss(r.head, r.last, r.mb, nullptr);
     sums.loss += value_of(r.loss);
     backward(r);
-    if (slot == wgrad_micro_batches_ - 1 || m == micro_batches - 1) flush();
+    if (slot == train_.wgrad_micro_batches - 1 || m == micro_batches - 1) flush();
   }
   return sums;
 }
 
 StepSums Pipeline::evaluate(const Batch& batch) {
   StepSums sums{.labels = double(batch.label_count)};
-  for (int64_t row = 0; row < batch.batch; row += micro_batch_size_) {
-    const int64_t end = std::min(batch.batch, row + micro_batch_size_);
+  for (int64_t row = 0; row < batch.batch; row += train_.micro_batch_size) {
+    const int64_t end = std::min(batch.batch, row + train_.micro_batch_size);
     Record r = record({batch_rows(batch, row, end)}, nullptr);
     forward(r);
     sums.loss += value_of(model_.head_loss(r.head, r.last, r.mb, nullptr));

@@ -42,7 +42,7 @@ class Pipeline {
 
   Model& model_;
   Context& context_;
-  int64_t micro_batch_size_, wgrad_micro_batches_;
+  const TrainConfig train_;
   std::vector<WgradQueue> queues_;  // one per micro-batch whose weight gradients are outstanding
 };
 

@@ -21,20 +21,14 @@ void request_stop(int signal) {
   if (stop_signal.exchange(signal) && signal == SIGINT) _Exit(130);
 }
 
-void catch_stop_signals() {
-  struct sigaction action {};
-  action.sa_handler = request_stop;
-  action.sa_flags = SA_RESTART;  // a save under way must not see interrupted system calls
-  for (int s : {SIGTERM, SIGUSR1, SIGINT}) sigaction(s, &action, nullptr);
-}
-
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+// Nothing where the model or the run has no such sum.
 std::vector<double> statistic(const StepSums& sums, const char* name) {
-  const auto found = sums.statistics.find(name);
-  return found == sums.statistics.end() ? std::vector<double>() : found->second.to_vector<double>();
+  if (!sums.statistics.contains(name)) return {};
+  return sums.statistics.at(name).to_vector<double>();
 }
 
 double mean_statistic(const StepSums& sums, const char* name, double count) {
@@ -175,7 +169,8 @@ void train(const RunConfig& run) {
   open_log(run.out + "/logs/rank-0.log");
   say(stderr, plan.table());
   Trainer trainer{run};
-  catch_stop_signals();
+  // As the C library's signal() does it, system calls of a save under way go on.
+  for (int s : {SIGTERM, SIGUSR1, SIGINT}) std::signal(s, request_stop);
   const auto begin = std::chrono::steady_clock::now();
   int64_t step = trainer.start(), saved = step;
   const int64_t steps = run.train.steps, last = run.train.last_step();
