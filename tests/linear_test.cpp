@@ -195,7 +195,6 @@ TEST(FlushWgrads, CountsOnMeta) {
   WgradQueue* queues[] = {&b.queue};
   flush_wgrads(b.context, queues);
   EXPECT_EQ(b.context.total.flops, 3 * 2.0 * 10 * 8 * 16);
-  EXPECT_EQ(b.context.ops, 3);
 }
 
 template <class F> std::string message_of(F&& f) {

@@ -62,9 +62,9 @@ void open_log(const std::string& path);  // InputError when it cannot be opened
 // One line on stderr, "warning: ..."; the same text is printed once per process.
 void warn_once(const std::string& text);
 
-// On SIGSEGV, SIGBUS, SIGFPE, SIGILL and SIGABRT: prints the op that was running (see Op) and a C++
-// stack trace to stderr, then dies of the same signal (of SIGALRM, should printing hang). The trace
-// of an Error is not printed: its message names the line.
+// On SIGSEGV, SIGBUS, SIGFPE, SIGILL and SIGABRT: prints the op that was running (see Op) and a
+// stack trace (c++filt reads its names) to stderr, then dies of the same signal (of SIGALRM, should
+// printing hang). The trace of an Error is not printed: its message names the line.
 void install_crash_handler();
 
 }  // namespace pith

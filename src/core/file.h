@@ -2,9 +2,7 @@
 // Files: whole reads, memory maps, and writes that leave either the old file or the new one, never
 // a half.
 
-#include <memory>
-#include <span>
-#include <string>
+#include "core/error.h"
 
 namespace pith {
 
@@ -33,13 +31,19 @@ class MappedFile {
   std::string path_;
 };
 
+// A file descriptor, closed at the end of the scope.
+struct Descriptor {
+  Descriptor(const std::string& path, int flags);  // InputError "PATH: No such file or directory"
+  Descriptor(const Descriptor&) = delete;
+  ~Descriptor();
+  int fd;
+};
+
 // An output file written through one descriptor. Every failure (full disk included) throws
 // InputError with the path. close() fsyncs; the destructor closes without a check.
 class OutputFile {
  public:
   explicit OutputFile(const std::string& path, bool append = false);
-  OutputFile(const OutputFile&) = delete;
-  ~OutputFile();
   void write(const void* data, size_t bytes) { write_at(data, bytes, kHere); }
   void write_at(const void* data, size_t bytes, uint64_t offset);
   void resize(uint64_t bytes);  // what is added reads as zeros
@@ -49,7 +53,7 @@ class OutputFile {
  protected:
   static constexpr uint64_t kHere = UINT64_MAX;
   std::string path_;
-  int fd_ = -1;
+  Descriptor file_;
 };
 
 // Holds a run directory for this process, through flock on OUT/.lock, which the kernel releases

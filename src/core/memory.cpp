@@ -2,8 +2,6 @@
 
 #include <malloc.h>
 
-#include <algorithm>
-#include <map>
 #include <mutex>
 
 #include "core/tensor.h"
@@ -35,48 +33,50 @@ void* host_memory(size_t bytes) {
 }
 
 Account account(Device device) {
-  std::lock_guard lock(mutex);
+  const std::lock_guard lock(mutex);
   return accounts[int(device)];
+}
+
+// Adds `count` buffers, `bytes` in all; negative ones go.
+void add(Device device, const char* name, int64_t bytes, int64_t count) {
+  const std::lock_guard lock(mutex);
+  Account& a = accounts[int(device)];
+  a.live += size_t(bytes);
+  const bool new_peak = a.live > a.peak;
+  if (new_peak) a.peak = a.live;
+  if (device != Device::meta) return;
+  Line& line = planned[name];
+  line = {name, line.bytes + size_t(bytes), line.count + count};
+  if (new_peak) at_peak = planned;
 }
 
 }  // namespace
 
 void* allocate(size_t bytes, Device device, const char* name) {
-  void* p = nullptr;
-  if (device == Device::cpu && !(p = host_memory(bytes)))
-    fail("out of memory: {} needs {} bytes, {} are live", name, bytes, live(device));
   if (device == Device::cuda) fail("this build has no CUDA: {} cannot be allocated on a GPU", name);
-  std::lock_guard lock(mutex);
-  Account& a = accounts[int(device)];
-  const bool new_peak = (a.live += bytes) > a.peak;
-  if (new_peak) a.peak = a.live;
-  if (device != Device::meta) return p;
-  Line& line = planned[name];
-  line = {name, line.bytes + bytes, line.count + 1};
-  if (new_peak) at_peak = planned;
+  void* p = device == Device::cpu ? host_memory(bytes) : nullptr;
+  if (device == Device::cpu && !p)
+    fail("out of memory: {} needs {} bytes, {} are live", name, bytes, live(device));
+  add(device, name, int64_t(bytes), 1);
   return p;
 }
 
 void release(void* p, size_t bytes, Device device, const char* name) {
   if (p) std::free(static_cast<void**>(p)[-1]);
-  std::lock_guard lock(mutex);
-  accounts[int(device)].live -= bytes;
-  if (device != Device::meta) return;
-  Line& line = planned[name];
-  line = {name, line.bytes - bytes, line.count - 1};
+  add(device, name, -int64_t(bytes), -1);
 }
 
 size_t live(Device device) { return account(device).live; }
 size_t peak(Device device) { return account(device).peak; }
 
 void reset_peak(Device device) {
-  std::lock_guard lock(mutex);
+  const std::lock_guard lock(mutex);
   accounts[int(device)].peak = accounts[int(device)].live;
   if (device == Device::meta) at_peak = planned;
 }
 
 std::vector<Line> planned_peak() {
-  std::lock_guard lock(mutex);
+  const std::lock_guard lock(mutex);
   std::vector<Line> lines;
   for (const auto& [name, line] : at_peak)
     if (line.bytes) lines.push_back(line);

@@ -2,9 +2,7 @@
 // Every buffer has a name and is counted, on cpu, cuda and meta alike, so that a run on meta
 // predicts the peak of the real one. This accounting is process-wide because memory is.
 
-#include <cstdint>
-#include <string>
-#include <vector>
+#include "core/error.h"
 
 namespace pith {
 

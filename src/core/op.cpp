@@ -1,76 +1,45 @@
 #include "core/op.h"
 
+#include <omp.h>
+
 #include <atomic>
-#include <chrono>
-#include <cmath>
 
 namespace pith {
-namespace {
 
-std::atomic<const Op*> current{nullptr};
+static std::atomic<const Op*> current{nullptr};
 
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
-int64_t first_non_finite(const Tensor& t) {
-  if (t.dtype() > DType::bf16) return -1;
-  return by_float(t.dtype(), [&](auto z) {
-    const auto* p = t.data<decltype(z)>();
-    for (int64_t i = 0; i < t.numel(); ++i)
-      if (!std::isfinite(double(p[i]))) return i;
-    return int64_t(-1);
-  });
-}
-
-}  // namespace
-
-Op::Op(Tape& tape, const char* name, Loc at, std::initializer_list<Arg> args)
-    : tape_(tape), name_(name), at_(at), previous_(current.load()) {
-  for (const Arg& a : args) {
-    args_.push_back({a.name, a.tensor.shape(), a.tensor.dtype(), a.tensor.device()});
-    if (!a.tensor) reject(fmt::format("{} is an empty tensor", a.name));
+Op::Op(Tape& tape, const char* name, Loc at, std::vector<Tape::Arg> args, bool backward)
+    : tape_(tape),
+      name_(name),
+      at_(at),
+      backward_(backward),
+      args_(std::move(args)),
+      previous_(current.load()) {
+  for (Tape::Arg& a : args_) {
+    if (!a.tensor && !backward) reject(fmt::format("{} is an empty tensor", a.name));
     if (a.tensor.device() != tape.context.device)
       reject(fmt::format("{} is on {}, the tape runs on {}", a.name, name_of(a.tensor.device()),
                          name_of(tape.context.device)));
+    a.tensor = a.tensor.identity();
   }
-  current = this;
-}
-
-Op::Op(Tape& tape, const Tape::Entry& entry)
-    : tape_(tape),
-      name_(entry.name),
-      at_(entry.at),
-      backward_(true),
-      args_(entry.args),
-      previous_(current.load()) {
   current = this;
 }
 
 Op::~Op() { current = previous_; }
 
-std::string Op::arguments() const {
-  std::string s;
+std::string Op::text(const std::string& message) const {
+  std::string s =
+      fmt::format("{}: {}{}: {}", at_.str(), name_, backward_ ? " backward" : "", message);
   for (const Tape::Arg& a : args_)
-    s += fmt::format("{} {} {}{} {}", s.empty() ? "" : ",", a.name, name_of(a.dtype), a.shape.str(),
-                     name_of(a.device));
+    s += fmt::format("{} {} {}", &a == args_.data() ? ";" : ",", a.name, a.tensor.str());
   return s;
 }
 
-void Op::reject(const std::string& message) const {
-  throw OpError(fmt::format("{}: {}{}: {};{}", at_.str(), name_, backward_ ? " backward" : "",
-                            message, arguments()));
-}
-
-std::string Op::text() const {
-  return fmt::format("{}{} at {}:{}", name_, backward_ ? " backward" : "", at_.str(), arguments());
-}
+void Op::reject(const std::string& message) const { throw OpError(text(message)); }
 
 const char* current_op_text() noexcept {
   static std::string text;  // the handler runs once
-  if (const Op* op = current.load()) text = op->text();
+  if (const Op* op = current.load()) text = op->text("was running");
   return text.c_str();
 }
 
@@ -84,32 +53,33 @@ Tensor Op::output(const char* name, Shape shape, DType dtype) {
   return t;
 }
 
-Tensor Op::workspace(const char* name, Shape shape, DType dtype) {
-  return Tensor(shape, dtype, tape_.context.device, name);
-}
-
-bool Op::start(Cost cost) {
+void Op::run(Cost cost, const std::function<void()>& cpu) {
   Context& c = tape_.context;
   c.total.flops += cost.flops;
   c.total.bytes += cost.bytes;
-  ++c.ops;
-  cost_ = cost;
-  if (c.timeline) begin_ns_ = now_ns();
-  if (c.device == Device::cuda) reject("has no CUDA kernel in this build");
-  return c.device == Device::cpu;
-}
-
-void Op::finish() {
-  Context& c = tape_.context;
-  if (c.timeline) c.timeline->push_back({name_, at_, backward_, begin_ns_, now_ns(), cost_});
+  if (c.device != Device::cpu) return;
+  const double begin = omp_get_wtime();
+  try {
+    cpu();
+  } catch (const OpError&) {
+    throw;
+  } catch (const std::exception& e) {
+    reject(e.what());
+  }
+  if (c.timeline) c.timeline->push_back({name_, at_, backward_, begin, omp_get_wtime(), cost});
   if (!backward_) check_written();
 }
 
 void Op::check_written() const {
   if (!tape_.context.check_finite || tape_.context.device != Device::cpu) return;
-  for (const Tensor& t : written_)
-    if (const int64_t i = first_non_finite(t); i >= 0)
-      reject(fmt::format("wrote a non-finite value at element {} of {}", i, t.str()));
+  for (const Tensor& t : written_) {
+    if (t.dtype() > DType::bf16) continue;
+    const std::vector<double> values = t.to_vector<double>();
+    const auto bad = std::ranges::find_if(values, [](double v) { return !std::isfinite(v); });
+    if (bad != values.end())
+      reject(fmt::format("wrote a non-finite value at element {} of {}", bad - values.begin(),
+                         t.str()));
+  }
 }
 
 void Op::backward(std::function<void(Op&)> f) {
@@ -117,31 +87,25 @@ void Op::backward(std::function<void(Op&)> f) {
     tape_.entries_.push_back({name_, at_, std::move(args_), std::move(outputs_), std::move(f)});
 }
 
-Tensor Op::grad(const Tensor& y) {
-  Tensor g = tape_.grad(y);
-  return g ? g.reshape(y.shape()) : Tensor::zeros(y.shape(), y.dtype(), y.device(), "grad");
-}
-
 Op::Into Op::accumulate(const Tensor& x) {
   if (!tape_.wants(x)) return {};
   Tensor& slot = tape_.grads_[x.id()];
   const bool add = bool(slot);
   if (!add) slot = Tensor(x.shape(), x.dtype(), x.device(), "grad");
-  if (tape_.context.check_finite) written_.push_back(slot);
+  written_.push_back(slot);
   return {slot.reshape(x.shape()), add};
 }
 
 Op::Into Op::accumulate(Param& p) {
   if (!p.grad) return {};
-  const bool add = p.grad_written;
-  p.grad_written = true;
-  if (tape_.context.check_finite) written_.push_back(p.grad);
+  const bool add = std::exchange(p.grad_written, true);
+  written_.push_back(p.grad);
   return {p.grad, add};
 }
 
 void Op::give(const Tensor& x, Tensor grad) {
   if (!tape_.wants(x)) return;
-  if (tape_.context.check_finite) written_.push_back(grad);
+  written_.push_back(grad);
   tape_.set_grad(x, std::move(grad));
 }
 

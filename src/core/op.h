@@ -24,11 +24,7 @@ struct OpError : Error {  // already carries its op and line
 
 class Op {
  public:
-  struct Arg {
-    const char* name;
-    const Tensor& tensor;
-  };
-  Op(Tape& tape, const char* name, Loc at, std::initializer_list<Arg> args);
+  Op(Tape& tape, const char* name, Loc at, std::vector<Tape::Arg> args, bool backward = false);
   Op(const Op&) = delete;
   ~Op();
 
@@ -42,22 +38,13 @@ class Op {
   // accounting keeps it).
   Tensor output(const char* name, Shape shape, DType dtype);
   // Scratch memory, freed with the last copy of the tensor; counted like every buffer.
-  Tensor workspace(const char* name, Shape shape, DType dtype);
+  Tensor workspace(const char* name, Shape shape, DType dtype) {
+    return Tensor(shape, dtype, tape_.context.device, name);
+  }
 
   // Runs `cpu` on cpu tensors; on meta only the cost is counted. Anything it throws is reported at
   // this op's line.
-  template <class F> void run(Cost cost, F&& cpu) {
-    if (start(cost)) {
-      try {
-        cpu();
-      } catch (const OpError&) {
-        throw;
-      } catch (const std::exception& e) {
-        reject(e.what());
-      }
-      finish();
-    }
-  }
+  void run(Cost cost, const std::function<void()>& cpu);
 
   // Appends the closure that computes input gradients; dropped unless the tape records. It is
   // skipped when none of the outputs has a gradient. Capture tensors by value and Params by
@@ -65,7 +52,8 @@ class Op {
   void backward(std::function<void(Op&)> f);
 
   // Inside a backward closure:
-  Tensor grad(const Tensor& y);  // gradient of an output; zeros if this one got none
+  // The gradient of an output, once; zeros if this one got none.
+  Tensor grad(const Tensor& y) { return tape_.take_grad(y).reshape(y.shape()); }
   struct Into {
     Tensor tensor;     // where to write; empty if nobody wants this gradient
     bool add = false;  // add to what is there, else overwrite
@@ -80,25 +68,20 @@ class Op {
   Context& context() const { return tape_.context; }
   bool recording() const { return tape_.record_; }
   bool wants(const Tensor& x) const { return tape_.wants(x); }
-  std::string text() const;  // "rms_norm backward at qwen3_moe.cpp:142: x bf16[4, 8] cpu"
+  // "qwen3_moe.cpp:142: rms_norm backward: MESSAGE; x bf16[4, 8] cpu"
+  std::string text(const std::string& message) const;
 
  private:
   friend class Tape;
-  Op(Tape& tape, const Tape::Entry& entry);  // backward of an entry
-  bool start(Cost cost);
-  void finish();
   void check_written() const;
-  std::string arguments() const;
 
   Tape& tape_;
   const char* name_;
   Loc at_;
-  bool backward_ = false;
-  std::vector<Tape::Arg> args_;
+  bool backward_;
+  std::vector<Tape::Arg> args_;  // without their memory
   std::vector<Tensor> written_;  // outputs, and gradients in backward: for check_finite
   std::vector<uint64_t> outputs_;
-  int64_t begin_ns_ = 0;
-  Cost cost_;
   const Op* previous_;
 };
 

@@ -40,18 +40,14 @@ void ParamSet::initialize(uint64_t seed, double std) {
   for (auto& p : params_) {
     if (p->value.device() == Device::meta) continue;
     Tensor flat = p->master.reshape({p->numel()});
-    for (const Piece& piece : p->pieces) {
-      Tensor part = flat.row_range(piece.begin, piece.begin + piece.shape.numel());
-      if (p->init == Init::normal) {
-        fill_normal(part, stream_key(seed, piece.name), 0, std);
-      } else {
-        const double fill = p->init == Init::zeros  ? 0
-                            : p->init == Init::ones ? 1
-                                                    : 1.0 / double(p->numel());
-        by_float(part.dtype(), [&](auto z) {
-          std::fill_n(part.data<decltype(z)>(), part.numel(), decltype(z)(fill));
-        });
-      }
+    if (p->init == Init::normal) {
+      for (const Piece& piece : p->pieces)
+        fill_normal(flat.row_range(piece.begin, piece.begin + piece.shape.numel()),
+                    stream_key(seed, piece.name), 0, std);
+    } else {
+      const double share = 1.0 / double(p->numel());
+      const double fill = p->init == Init::uniform ? share : double(p->init == Init::ones);
+      flat.copy_from(Tensor::of<double>(flat.shape(), std::vector(size_t(p->numel()), fill)));
     }
   }
   sync_values();

@@ -30,15 +30,14 @@ struct Param {
   bool decay = true;  // weight decay; norms and biases say false
   Init init = Init::normal;
   std::vector<Piece> pieces;  // the form it is written in, and first choice for reading
-  std::vector<std::vector<Piece>>
-      also_read;         // other source forms, each covering the whole parameter
+  std::vector<std::vector<Piece>> also_read;  // other source forms, each of the whole parameter
   bool exported = true;  // false: Hugging Face has no tensor for it; kept in trainer/ only
 
   Tensor value;   // compute dtype (state: master dtype)
   Tensor master;  // fp32 (fp64 in fp64 runs); the same storage as `value` when the dtypes agree
   Tensor grad;    // main gradient, master dtype; a sum over the labels of the step
-  bool grad_written =
-      false;  // false: the next contribution of this step overwrites (beta 0), no zeroing pass
+  // false: the next contribution of this step overwrites (beta 0), no zeroing pass
+  bool grad_written = false;
 
   bool trained() const { return role != Role::state; }
   int64_t numel() const { return shape.numel(); }

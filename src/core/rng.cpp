@@ -1,11 +1,8 @@
 #include "core/rng.h"
 
-#include <cmath>
-#include <utility>
-
 namespace pith {
 
-Philox philox(uint64_t key, uint64_t lo, uint64_t hi) {
+std::array<uint32_t, 4> philox(uint64_t key, uint64_t lo, uint64_t hi) {
   uint32_t c0 = uint32_t(lo), c1 = uint32_t(lo >> 32), c2 = uint32_t(hi), c3 = uint32_t(hi >> 32);
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -17,7 +14,7 @@ Philox philox(uint64_t key, uint64_t lo, uint64_t hi) {
     k0 += 0x9e3779b9u;
     k1 += 0xbb67ae85u;
   }
-  return {{c0, c1, c2, c3}};
+  return {c0, c1, c2, c3};
 }
 
 uint64_t stream_key(uint64_t seed, std::string_view name) {
@@ -28,11 +25,18 @@ uint64_t stream_key(uint64_t seed, std::string_view name) {
 }
 
 double uniform(uint64_t key, uint64_t index) {
-  const Philox p = philox(key, index);
-  return double((uint64_t(p.out[0]) << 21) ^ (p.out[1] >> 11)) * 0x1p-53;
+  const auto p = philox(key, index);
+  return double((uint64_t(p[0]) << 21) ^ (p[1] >> 11)) * 0x1p-53;
 }
 
 namespace {
+
+// (first z + next) z + ..., by fma.
+template <class... C> float polynomial(float z, float first, C... next) {
+  float p = first;
+  ((p = std::fma(z, p, next)), ...);
+  return p;
+}
 
 // Natural logarithm on (0, 1]: x = m 2^e with m in [sqrt(1/2), sqrt(2)), atanh series in s = (m -
 // 1) / (m + 1). Only operations that IEEE 754 rounds exactly (and explicit fma), so every device
@@ -44,10 +48,7 @@ float log_fixed(float x) {
   const int e = int(u >> 23) - 127 + large;
   if (large) m *= 0.5f;
   const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
-  float p = std::fma(z, 1.0f / 9, 1.0f / 7);
-  p = std::fma(z, p, 1.0f / 5);
-  p = std::fma(z, p, 1.0f / 3);
-  p = std::fma(z, p, 1.0f);
+  const float p = polynomial(z, 1.0f / 9, 1.0f / 7, 1.0f / 5, 1.0f / 3, 1.0f);
   return std::fma(float(e), 0.693147182f, 2.0f * s * p);
 }
 
@@ -55,14 +56,9 @@ float log_fixed(float x) {
 float cos_turn(float t) {
   const float q = std::floor(std::fma(4.0f, t, 0.5f));
   const float a = (t - 0.25f * q) * 6.28318548f, z = a * a;
-  float c = std::fma(z, 2.48015876e-5f, -1.38888892e-3f);
-  c = std::fma(z, c, 4.16666679e-2f);
-  c = std::fma(z, c, -0.5f);
-  c = std::fma(z, c, 1.0f);
-  float s = std::fma(z, 2.75573188e-6f, -1.98412701e-4f);
-  s = std::fma(z, s, 8.33333377e-3f);
-  s = std::fma(z, s, -0.166666672f);
-  s = std::fma(z * a, s, a);
+  const float c = polynomial(z, 2.48015876e-5f, -1.38888892e-3f, 4.16666679e-2f, -0.5f, 1.0f);
+  const float odd = polynomial(z, 2.75573188e-6f, -1.98412701e-4f, 8.33333377e-3f, -0.166666672f);
+  const float s = std::fma(z * a, odd, a);
   switch (int(q) & 3) {
     case 0: return c;
     case 1: return -s;
@@ -74,9 +70,9 @@ float cos_turn(float t) {
 }  // namespace
 
 float normal(uint64_t key, uint64_t index) {
-  const Philox p = philox(key, index);
-  const float u = float((p.out[0] >> 8) + 1) * 0x1p-24f;  // (0, 1]
-  const float t = float(p.out[1] >> 8) * 0x1p-24f;
+  const auto p = philox(key, index);
+  const float u = float((p[0] >> 8) + 1) * 0x1p-24f;  // (0, 1]
+  const float t = float(p[1] >> 8) * 0x1p-24f;
   return std::sqrt(-2.0f * log_fixed(u)) * cos_turn(t);
 }
 
@@ -97,7 +93,7 @@ uint64_t permute(uint64_t index, uint64_t n, uint64_t key) {
   do {
     uint64_t left = index >> half, right = index & mask;
     for (uint64_t round = 0; round < 6; ++round)
-      left = std::exchange(right, left ^ (philox(key, right, round).out[0] & mask));
+      left = std::exchange(right, left ^ (philox(key, right, round)[0] & mask));
     index = (left << half) | right;
   } while (index >= n);
   return index;

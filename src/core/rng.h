@@ -6,10 +6,7 @@
 
 namespace pith {
 
-struct Philox {
-  uint32_t out[4];
-};
-Philox philox(uint64_t key, uint64_t counter_lo, uint64_t counter_hi = 0);
+std::array<uint32_t, 4> philox(uint64_t key, uint64_t counter_lo, uint64_t counter_hi = 0);
 
 // Key of a stream, the same for (seed, name) everywhere: FNV-1a of the name, mixed with the seed.
 uint64_t stream_key(uint64_t seed, std::string_view name);

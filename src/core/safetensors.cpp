@@ -2,9 +2,6 @@
 
 #include <unistd.h>
 
-#include <algorithm>
-#include <cmath>
-
 #include "core/value.h"
 
 namespace pith {
@@ -17,23 +14,20 @@ using Entries = std::map<std::string, SafetensorsEntry>;
 constexpr uint64_t kMaxHeader = uint64_t(32) << 20;
 
 // In the order of DType.
-constexpr std::string_view kDTypes[] = {"F64", "F32", "BF16", "F8_E4M3", "I64", "I32", "U16", "U8"};
-
-std::string file_dtype(DType t) { return std::string(kDTypes[int(t)]); }
+const std::string kDTypes[] = {"F64", "F32", "BF16", "F8_E4M3", "I64", "I32", "U16", "U8"};
 
 int64_t non_negative(const Value& v) {
   if (!v.is(Value::Kind::integer) || v.as_int() < 0) v.reject("a non-negative integer");
   return v.as_int();
 }
 
-// No dimension is negative, and the bytes, zeros left out of the product, fit 63 bits.
-bool is_sound(const SafetensorsEntry& e) {
+// Nothing if a dimension is negative or the bytes, zeros left out of the product, exceed 63 bits.
+std::optional<uint64_t> bytes_of(const SafetensorsEntry& e) {
   double bytes = double(size_of(e.dtype));
   for (const int64_t d : e.shape) bytes *= d < 0 ? HUGE_VAL : double(std::max<int64_t>(d, 1));
-  return bytes < 0x1p63;
+  if (bytes >= 0x1p63) return {};
+  return uint64_t(e.numel()) * size_of(e.dtype);
 }
-
-uint64_t bytes_of(const SafetensorsEntry& e) { return uint64_t(e.numel()) * size_of(e.dtype); }
 
 SafetensorsEntry parse_entry(const Value& v, size_t file) {
   const Value &dtype = v.at("dtype"), &shape = v.at("shape"), &offsets = v.at("data_offsets");
@@ -41,13 +35,14 @@ SafetensorsEntry parse_entry(const Value& v, size_t file) {
   if (known == std::end(kDTypes)) dtype.reject("one of F64 F32 BF16 F8_E4M3 I64 I32 U16 U8");
   SafetensorsEntry e{.dtype = DType(known - kDTypes), .file = file};
   for (const Value& d : shape.items()) e.shape.push_back(non_negative(d));
-  if (!is_sound(e)) shape.reject("a shape whose bytes fit 63 bits");
+  const auto bytes = bytes_of(e);
+  if (!bytes) shape.reject("a shape whose bytes fit 63 bits");
   if (offsets.items().size() != 2) offsets.reject("two offsets");
   e.begin = uint64_t(non_negative(offsets.items()[0]));
   e.end = uint64_t(non_negative(offsets.items()[1]));
-  if (e.end - e.begin != bytes_of(e))
+  if (e.end - e.begin != *bytes)
     fail_input("{}: bytes {} to {}, but shape and dtype need {} bytes", offsets.where(), e.begin,
-               e.end, bytes_of(e));
+               e.end, *bytes);
   return e;
 }
 
@@ -67,10 +62,16 @@ void check_coverage(const Entries& entries, uint64_t data_bytes, const std::stri
     fail_input("{}: {} bytes of data, but its tensors end at {}", path, data_bytes, covered);
 }
 
-// Elements [begin, begin + count) must be among those of the tensor.
-void check_range(const SafetensorsEntry& e, int64_t begin, int64_t count, const std::string& what) {
-  if (begin < 0 || count > e.numel() || begin > e.numel() - count)
-    fail_input("{}: {} elements from {} on, but it has {}", what, count, begin, e.numel());
+// The entry of `name`; elements [begin, begin + count) must be among its own.
+const SafetensorsEntry& find(const Entries& entries, const std::string& path,
+                             const std::string& name, int64_t begin = 0, int64_t count = 0) {
+  const auto it = entries.find(name);
+  if (it == entries.end()) fail_input("{}: no tensor {}", path, printable(name));
+  const int64_t size = it->second.numel();
+  if (begin < 0 || count > size || begin > size - count)
+    fail_input("{}: {}: {} elements from {} on, but it has {}", path, printable(name), count, begin,
+               size);
+  return it->second;
 }
 
 bool is_float(DType t) { return t == DType::f64 || t == DType::f32 || t == DType::bf16; }
@@ -78,12 +79,6 @@ bool is_float(DType t) { return t == DType::f64 || t == DType::f32 || t == DType
 bool exists(const std::string& path) { return ::access(path.c_str(), F_OK) == 0; }
 
 }  // namespace
-
-int64_t SafetensorsEntry::numel() const {
-  int64_t n = 1;
-  for (const int64_t d : shape) n *= d;
-  return n;
-}
 
 Safetensors::Safetensors(const std::string& path, const std::string& stem) : path_(path) {
   const std::string single = path + "/" + stem + ".safetensors", index = single + ".index.json";
@@ -131,9 +126,7 @@ Entries Safetensors::open(const std::string& file) {
 }
 
 const SafetensorsEntry& Safetensors::entry(const std::string& name) const {
-  const auto it = entries_.find(name);
-  if (it == entries_.end()) fail_input("{}: no tensor {}", path_, printable(name));
-  return it->second;
+  return find(entries_, path_, name);
 }
 
 std::span<const std::byte> Safetensors::bytes(const std::string& name) const {
@@ -142,16 +135,14 @@ std::span<const std::byte> Safetensors::bytes(const std::string& name) const {
 }
 
 void Safetensors::read(const std::string& name, int64_t begin, Tensor& dst) const {
-  const SafetensorsEntry& e = entry(name);
-  const std::string what = path_ + ": " + printable(name);
+  const SafetensorsEntry& e = find(entries_, path_, name, begin, dst.numel());
   const bool same = e.dtype == dst.dtype();
-  check_range(e, begin, dst.numel(), what);
   if (!same && !(is_float(e.dtype) && is_float(dst.dtype())))
-    fail_input("{}: {} cannot be read as {}", what, file_dtype(e.dtype), name_of(dst.dtype()));
+    fail_input("{}: {}: {} cannot be read as {}", path_, printable(name), kDTypes[int(e.dtype)],
+               name_of(dst.dtype()));
   if (dst.numel() == 0) return;
-  const std::byte* src = bytes(name).data() + size_t(begin) * size_of(e.dtype);
   Tensor stored = same ? dst : Tensor(dst.shape(), e.dtype, Device::cpu, "safetensors.read");
-  std::memcpy(stored.raw(), src, stored.nbytes());
+  std::memcpy(stored.raw(), bytes(name).data() + size_t(begin) * size_of(e.dtype), stored.nbytes());
   if (!same) dst.copy_from(stored);
 }
 
@@ -177,18 +168,17 @@ SafetensorsWriter::SafetensorsWriter(const std::string& directory, const std::st
 
 void SafetensorsWriter::add(const std::string& name, DType dtype, std::vector<int64_t> shape) {
   SafetensorsEntry e{dtype, std::move(shape)};
-  if (!is_sound(e)) fail("{}: a shape is negative or overflows", name);
-  if (name == "__metadata__" || entries_.count(name) != 0 || shards_[0]->file)
-    fail("{}: added twice, after create(), or a reserved name", name);
+  const auto bytes = bytes_of(e);
+  if (!bytes || name == "__metadata__" || entries_.contains(name) || shards_[0]->file)
+    fail("{}: a shape that overflows, a reserved name, or added twice or after create()", name);
   const uint64_t filled = shards_.back()->bytes;
-  if (filled > 0 && filled + bytes_of(e) > shard_bytes_)
-    shards_.push_back(std::make_shared<Shard>());
+  if (filled > 0 && filled + *bytes > shard_bytes_) shards_.push_back(std::make_shared<Shard>());
   Shard& shard = *shards_.back();
   e.file = shards_.size() - 1;
   e.begin = shard.bytes;
-  e.end = shard.bytes += bytes_of(e);
+  e.end = shard.bytes += *bytes;
   shard.header.add(
-      name, Value::object({{"dtype", file_dtype(dtype)},
+      name, Value::object({{"dtype", kDTypes[int(dtype)]},
                            {"shape", Value::array({e.shape.begin(), e.shape.end()})},
                            {"data_offsets", Value::array({int64_t(e.begin), int64_t(e.end)})}}));
   entries_.emplace(name, std::move(e));
@@ -226,13 +216,11 @@ void SafetensorsWriter::create() {
 }
 
 void SafetensorsWriter::write(const std::string& name, int64_t begin, const Tensor& src) {
-  const auto it = entries_.find(name);
-  if (it == entries_.end() || !shards_[0]->file) fail("{}: {} is not planned", directory_, name);
-  const SafetensorsEntry& e = it->second;
-  check_range(e, begin, src.numel(), directory_ + ": " + name);
+  const SafetensorsEntry& e = find(entries_, directory_, name, begin, src.numel());
+  const Shard& shard = *shards_[e.file];
+  if (!shard.file) fail("{}: {} is written before create()", directory_, name);
   if (src.numel() == 0) return;
   const Tensor out = src.dtype() == e.dtype ? src : src.to(e.dtype, "safetensors.write");
-  const Shard& shard = *shards_[e.file];
   shard.file->write_at(out.raw(), out.nbytes(),
                        shard.data_begin + e.begin + uint64_t(begin) * size_of(e.dtype));
 }

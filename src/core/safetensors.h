@@ -2,8 +2,6 @@
 // safetensors: u64 header length, JSON header, data. Reading maps the files; nothing is copied
 // until asked. Format: https://github.com/huggingface/safetensors (README, "Format").
 
-#include <map>
-
 #include "core/file.h"
 #include "core/tensor.h"
 
@@ -14,7 +12,9 @@ struct SafetensorsEntry {
   std::vector<int64_t> shape;   // as in the file, any rank
   uint64_t begin = 0, end = 0;  // bytes, relative to the data section of its file
   size_t file = 0;              // index into the shards
-  int64_t numel() const;
+  int64_t numel() const {
+    return std::accumulate(shape.begin(), shape.end(), int64_t(1), std::multiplies());
+  }
 };
 
 // One file, or a directory holding model.safetensors or model.safetensors.index.json with its

@@ -1,7 +1,5 @@
 #include "core/tape.h"
 
-#include <algorithm>
-
 #include "core/op.h"
 
 namespace pith {
@@ -10,20 +8,16 @@ void Tape::leaf(const Tensor& x) {
   if (record_) grads_[x.id()];
 }
 
-bool Tape::wants(const Tensor& x) const { return record_ && x.id() && grads_.count(x.id()); }
-
-Tensor Tape::grad(const Tensor& x) const {
+Tensor& Tape::slot(const Tensor& x) {
   const auto found = grads_.find(x.id());
-  return found == grads_.end() ? Tensor() : found->second;
+  if (found == grads_.end()) fail("{} is neither a leaf nor an output of this tape", x.str());
+  return found->second;
 }
 
 void Tape::set_grad(const Tensor& y, Tensor grad) {
   if (grad.shape() != y.shape() || grad.dtype() != y.dtype())
     fail("gradient {} does not fit its tensor {}", grad.str(), y.str());
-  const auto found = grads_.find(y.id());
-  if (found == grads_.end())
-    fail("a gradient was set for a tensor {} this tape did not make", y.str());
-  Tensor& there = found->second;
+  Tensor& there = slot(y);
   if (!there) {
     there = std::move(grad);
   } else if (there.device() != Device::meta) {
@@ -38,10 +32,7 @@ void Tape::set_grad(const Tensor& y, Tensor grad) {
 }
 
 Tensor Tape::take_grad(const Tensor& x) {
-  const auto found = grads_.find(x.id());
-  if (found == grads_.end())
-    fail("a gradient was asked for a tensor {} that is no leaf of this tape", x.str());
-  Tensor g = std::exchange(found->second, {});
+  Tensor g = std::exchange(slot(x), {});
   return g ? g : Tensor::zeros(x.shape(), x.dtype(), x.device(), "grad");
 }
 
@@ -51,7 +42,7 @@ void Tape::backward() {
     entries_.pop_back();
     const auto reached = [&](uint64_t id) { return bool(grads_[id]); };
     if (std::ranges::any_of(entry.outputs, reached)) {
-      Op op(*this, entry);
+      Op op(*this, entry.name, entry.at, std::move(entry.args), true);
       entry.run(op);
       op.check_written();
     }

@@ -4,9 +4,7 @@
 // earliest moment. A stage of a layer is one tape; its inputs are leaves: gradients go in at
 // outputs and come out at leaves.
 
-#include <functional>
 #include <unordered_map>
-#include <utility>
 
 #include "core/param.h"
 
@@ -25,7 +23,7 @@ struct OpEvent {  // one run of one op, for the timeline
   const char* name;
   Loc at;
   bool backward;
-  int64_t begin_ns, end_ns;
+  double begin, end;  // seconds, of one clock
   Cost cost;
 };
 
@@ -35,7 +33,6 @@ struct Context {
   DType dtype = DType::f32;   // compute
   bool check_finite = false;  // scan what every op writes and fail at the op's line
   Cost total;                 // since the owner last cleared it
-  int64_t ops = 0;
   std::vector<OpEvent>* timeline = nullptr;
 };
 
@@ -63,29 +60,28 @@ class Tape {
   WgradQueue* queue;
 
   bool recording() const { return record_; }
-  void leaf(const Tensor& x);                   // x wants a gradient
-  bool wants(const Tensor& x) const;            // leaves, and outputs of ops recorded on this tape
+  void leaf(const Tensor& x);  // x wants a gradient
+  // Leaves, and outputs of ops recorded on this tape.
+  bool wants(const Tensor& x) const { return grads_.contains(x.id()); }
   void set_grad(const Tensor& y, Tensor grad);  // seeds an output; a second call adds
-  Tensor grad(const Tensor& x) const;           // empty if there is none
   Tensor take_grad(const Tensor& x);            // moves it out; zeros if nothing reached x
   void backward();
-  size_t size() const { return entries_.size(); }
+
+  struct Arg {  // of an op
+    const char* name;
+    Tensor tensor;
+  };
 
  private:
   friend class Op;
-  struct Arg {
-    const char* name;
-    Shape shape;
-    DType dtype;
-    Device device;
-  };
   struct Entry {
     const char* name;
     Loc at;
-    std::vector<Arg> args;
+    std::vector<Arg> args;  // without their memory
     std::vector<uint64_t> outputs;
     std::function<void(Op&)> run;
   };
+  Tensor& slot(const Tensor& x);
   bool record_;
   std::vector<Entry> entries_;
   // Of leaves and outputs, by identity; an empty tensor before the first contribution.

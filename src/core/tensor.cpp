@@ -1,8 +1,6 @@
 #include "core/tensor.h"
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
 
 #include "core/memory.h"
 
@@ -34,12 +32,6 @@ Shape::Shape(std::span<const int64_t> dims) : rank_(int(dims.size())) {
     if (dims[i] < 0) fail("negative dimension {} in a shape", dims[i]);
     dims_[i] = dims[i];
   }
-}
-
-int64_t Shape::numel() const {
-  int64_t n = 1;
-  for (int i = 0; i < rank_; ++i) n *= dims_[i];
-  return n;
 }
 
 std::string Shape::str() const {
@@ -120,24 +112,9 @@ void Tensor::copy_from(const Tensor& src) {
 }
 
 std::string Tensor::str() const {
-  if (!*this) return "empty";
+  if (!id_) return "empty";
   return std::string(name_of(dtype_)) + shape_.str() + " " + name_of(device_);
 }
-
-template <class T> std::vector<T> Tensor::to_vector() const {
-  std::vector<T> out(static_cast<size_t>(numel()));
-  const auto copy = [&](auto z) { std::ranges::copy(span<decltype(z)>(), out.begin()); };
-  switch (dtype_) {
-    case DType::i64: copy(int64_t{}); break;
-    case DType::i32: copy(int32_t{}); break;
-    default: by_float(dtype_, copy);
-  }
-  return out;
-}
-template std::vector<double> Tensor::to_vector() const;
-template std::vector<float> Tensor::to_vector() const;
-template std::vector<int64_t> Tensor::to_vector() const;
-template std::vector<int32_t> Tensor::to_vector() const;
 
 double relative_l2(const std::vector<double>& a, const std::vector<double>& reference) {
   double difference = 0, norm = 0;

@@ -2,12 +2,6 @@
 // Tensor: a small value type over shared storage. Rows are contiguous, up to 4 dimensions. No
 // graph, no dispatcher.
 
-#include <bit>
-#include <cstring>
-#include <memory>
-#include <span>
-#include <vector>
-
 #include "core/error.h"
 
 namespace pith {
@@ -51,7 +45,6 @@ template <> constexpr DType dtype_of<float>() { return DType::f32; }
 template <> constexpr DType dtype_of<bf16>() { return DType::bf16; }
 template <> constexpr DType dtype_of<int64_t>() { return DType::i64; }
 template <> constexpr DType dtype_of<int32_t>() { return DType::i32; }
-template <> constexpr DType dtype_of<uint16_t>() { return DType::u16; }
 template <> constexpr DType dtype_of<uint8_t>() { return DType::u8; }
 
 // Calls f with a value of the C++ type of a floating dtype: by_float(t, [&](auto z) { using T =
@@ -72,7 +65,9 @@ class Shape {
   explicit Shape(std::span<const int64_t> dims);
   int rank() const { return rank_; }
   int64_t operator[](int i) const { return dims_[i]; }
-  int64_t numel() const;
+  int64_t numel() const {
+    return std::accumulate(dims_, dims_ + rank_, int64_t(1), std::multiplies());
+  }
   std::span<const int64_t> dims() const { return {dims_, size_t(rank_)}; }
   bool operator==(const Shape& o) const = default;
   std::string str() const;  // "[4, 128]"
@@ -131,7 +126,16 @@ class Tensor {
   void copy_from(const Tensor& src);  // same shape; converts floating dtypes
   std::string str() const;            // "bf16[4, 128] cpu"
   // Converted copy, for tests and small results.
-  template <class T> std::vector<T> to_vector() const;
+  template <class T> std::vector<T> to_vector() const {
+    std::vector<T> out(static_cast<size_t>(numel()));
+    const auto copy = [&](auto z) { std::ranges::copy(span<decltype(z)>(), out.begin()); };
+    switch (dtype_) {
+      case DType::i64: copy(int64_t{}); break;
+      case DType::i32: copy(int32_t{}); break;
+      default: by_float(dtype_, copy);
+    }
+    return out;
+  }
 
  private:
   void* raw(DType want) const;

@@ -1,21 +1,7 @@
 #include "core/value.h"
 
-#include <cmath>
-
-#include "core/error.h"
-
 namespace pith {
 namespace {
-
-// What messages say of a value: "integer 3", "string "adam"", "an array".
-std::string describe(const Value& v) {
-  constexpr const char* kNames[] = {"null",   "boolean",  "integer",  "real",
-                                    "string", "an array", "an object"};
-  const std::string name = kNames[int(v.kind())];
-  if (v.is(Value::Kind::string)) return name + " \"" + printable(v.as_string()) + '"';
-  const bool named_only = v.is_null() || v.kind() > Value::Kind::string;
-  return named_only ? name : name + ' ' + v.json();
-}
 
 std::string prefix(const Value& v) { return v.where().empty() ? "" : v.where() + ": "; }
 
@@ -27,17 +13,24 @@ std::string printable(std::string_view text, size_t limit) {
 }
 
 void Value::reject(const std::string& expected) const {
-  fail_input("{}expected {}, got {}", prefix(*this), expected, describe(*this));
+  constexpr const char* kNames[] = {"null",   "boolean",  "integer",  "real",
+                                    "string", "an array", "an object"};
+  std::string got = kNames[int(kind())];
+  if (is(Kind::string))
+    got += " \"" + printable(as_string()) + '"';
+  else if (!is_null() && kind() < Kind::string)
+    got += ' ' + json();
+  fail_input("{}expected {}, got {}", prefix(*this), expected, got);
 }
 
 int64_t Value::as_int() const {
-  const bool fits = is(Kind::real) && real_ >= -0x1p63 && real_ < 0x1p63;
-  if (fits && std::trunc(real_) == real_) return int64_t(real_);
-  return check(Kind::integer, integer_, "an integer");
+  const double* v = std::get_if<double>(&content_);
+  const bool whole = v && *v >= -0x1p63 && *v < 0x1p63 && std::trunc(*v) == *v;
+  return whole ? int64_t(*v) : get<int64_t>("an integer");
 }
 
 double Value::as_real() const {
-  return is(Kind::integer) ? double(integer_) : check(Kind::real, real_, "a number");
+  return is(Kind::integer) ? double(as_int()) : get<double>("a number");
 }
 
 const Value* Value::find(std::string_view key) const {
@@ -53,20 +46,18 @@ const Value& Value::at(std::string_view key) const {
 }
 
 Value& Value::operator[](const std::string& key) {
-  const Value* v = is_null() ? nullptr : find(key);
-  return v ? const_cast<Value&>(*v) : add(key, Value());
+  for (auto& [name, value] : become<std::vector<Member>>("an object"))
+    if (name == key) return value;
+  return add(key, {});
 }
 
 Value& Value::push_back(Value v) {
-  if (is_null()) kind_ = Kind::array;
-  if (!is(Kind::array)) reject("an array");
-  return items_.emplace_back(std::move(v));
+  return become<std::vector<Value>>("an array").emplace_back(std::move(v));
 }
 
 Value& Value::add(std::string key, Value v) {
-  if (is_null()) kind_ = Kind::object;
-  if (!is(Kind::object)) reject("an object");
-  return members_.emplace_back(std::move(key), std::move(v)).second;
+  auto& members = become<std::vector<Member>>("an object");
+  return members.emplace_back(std::move(key), std::move(v)).second;
 }
 
 }  // namespace pith

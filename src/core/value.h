@@ -2,10 +2,9 @@
 // One small tree for JSON and TOML. The parsers (nlohmann-json, toml++) are each in one translation
 // unit, value_json.cpp and value_toml.cpp; everybody else sees only this type.
 
-#include <cstdint>
-#include <string>
-#include <utility>
-#include <vector>
+#include <variant>
+
+#include "core/error.h"
 
 namespace pith {
 
@@ -13,33 +12,34 @@ class Value {
  public:
   enum class Kind { null, boolean, integer, real, string, array, object };
   using Member = std::pair<std::string, Value>;
+  using Content = std::variant<std::nullptr_t, bool, int64_t, double, std::string,
+                               std::vector<Value>, std::vector<Member>>;  // in the order of Kind
 
   Value() = default;
-  Value(bool v) : kind_(Kind::boolean), integer_(v) {}
-  Value(int v) : Value(int64_t(v)) {}
-  Value(int64_t v) : kind_(Kind::integer), integer_(v) {}
-  Value(double v) : kind_(Kind::real), real_(v) {}
-  Value(const char* v) : Value(std::string(v)) {}
-  Value(std::string v) : kind_(Kind::string), string_(std::move(v)) {}
-  static Value array(std::vector<Value> items = {}) { return {Kind::array, std::move(items), {}}; }
-  static Value object(std::vector<Member> members = {}) {
-    return {Kind::object, {}, std::move(members)};
-  }
+  Value(bool v) : content_(v) {}
+  Value(int v) : content_(int64_t(v)) {}
+  Value(int64_t v) : content_(v) {}
+  Value(double v) : content_(v) {}
+  Value(const char* v) : content_(std::string(v)) {}
+  Value(std::string v) : content_(std::move(v)) {}
+  static Value array(std::vector<Value> v = {}) { return Value(Content(std::move(v))); }
+  static Value object(std::vector<Member> v = {}) { return Value(Content(std::move(v))); }
 
-  Kind kind() const { return kind_; }
-  bool is(Kind k) const { return kind_ == k; }
+  const Content& content() const { return content_; }
+  Kind kind() const { return Kind(content_.index()); }
+  bool is(Kind k) const { return kind() == k; }
   bool is_null() const { return is(Kind::null); }
 
   // Checked access. A wrong kind throws InputError: "<where>: expected a string, got integer 3",
   // where `where` is the file (with the line for TOML) and the dotted path of this value
   // ("run.toml:12: train.steps").
-  bool as_bool() const { return check(Kind::boolean, integer_, "a boolean") != 0; }
+  bool as_bool() const { return get<bool>("a boolean"); }
   int64_t as_int() const;  // an integer, or a real without a fraction
   double as_real() const;  // an integer or a real
-  const std::string& as_string() const { return check(Kind::string, string_, "a string"); }
-  const std::vector<Value>& items() const { return check(Kind::array, items_, "an array"); }
+  const std::string& as_string() const { return get<std::string>("a string"); }
+  const std::vector<Value>& items() const { return get<std::vector<Value>>("an array"); }
   // In the order of the file.
-  const std::vector<Member>& members() const { return check(Kind::object, members_, "an object"); }
+  const std::vector<Member>& members() const { return get<std::vector<Member>>("an object"); }
 
   // Object member: nullptr, or InputError naming the missing key, where there is none.
   const Value* find(std::string_view key) const;
@@ -60,19 +60,18 @@ class Value {
   std::string json(int indent = -1) const;
 
  private:
-  Value(Kind kind, std::vector<Value> items, std::vector<Member> members)
-      : kind_(kind), items_(std::move(items)), members_(std::move(members)) {}
-  template <class T> const T& check(Kind kind, const T& content, const char* expected) const {
-    if (!is(kind)) reject(expected);
-    return content;
+  explicit Value(Content content) : content_(std::move(content)) {}
+  template <class T> const T& get(const char* expected) const {
+    if (const T* v = std::get_if<T>(&content_)) return *v;
+    reject(expected);
+  }
+  template <class T> T& become(const char* expected) {
+    if (is_null()) content_ = T();
+    return const_cast<T&>(get<T>(expected));
   }
 
-  Kind kind_ = Kind::null;
-  int64_t integer_ = 0;
-  double real_ = 0;
-  std::string string_, where_;
-  std::vector<Value> items_;
-  std::vector<Member> members_;
+  Content content_;
+  std::string where_;
 };
 
 // `name` is what messages call the text (a file name). Malformed text, duplicate keys, invalid

@@ -1,9 +1,7 @@
-#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <unordered_set>
 
-#include "core/error.h"
 #include "core/value.h"
 
 namespace pith {
@@ -12,8 +10,8 @@ namespace {
 using Json = nlohmann::ordered_json;
 constexpr size_t kMaxDepth = 100;
 
-// Builds the tree from the parser's events; what it refuses, it throws, with the place the parser
-// has reached.
+// Builds the tree from the parser's events, since a tree of nlohmann-json would compare every key
+// with all before it. What it refuses, it throws, with the place the parser has reached.
 struct Builder {
   struct Level {
     Value* value;  // stays in place: what holds it does not grow before it is closed
@@ -23,10 +21,10 @@ struct Builder {
   const std::string& name;
   std::istringstream input{std::string(text)};
   Value root = {};
+  Value* next = &root;             // of an object: the member whose key was read
   std::vector<Level> levels = {};  // the arrays and objects that are open
-  std::string next_key = {};
 
-  bool null() { return put(Value()); }
+  bool null() { return put({}); }
   bool boolean(bool v) { return put(v); }
   bool number_integer(int64_t v) { return put(v); }
   bool number_unsigned(uint64_t v) {
@@ -35,15 +33,35 @@ struct Builder {
   bool number_float(double v, const std::string&) { return put(v); }
   bool string(std::string& v) { return put(std::move(v)); }
   bool binary(Json::binary_t&) { return false; }
-  bool start_object(size_t) { return open(Value::object()); }
-  bool start_array(size_t) { return open(Value::array()); }
-  bool end_object() { return close(); }
-  bool end_array() { return close(); }
+  bool start_object(size_t) { return put(Value::object(), true); }
+  bool start_array(size_t) { return put(Value::array(), true); }
+  bool end_object() { return end_array(); }
+  bool end_array() {
+    levels.pop_back();
+    return true;
+  }
 
   bool key(std::string& v) {
-    const bool is_new = levels.back().keys.insert(v).second;
-    if (!is_new) refuse(fmt::format("duplicate key \"{}\"", printable(v)));
-    next_key = std::move(v);
+    Level& in = levels.back();
+    if (!in.keys.insert(v).second) refuse(fmt::format("duplicate key \"{}\"", printable(v)));
+    next = &in.value->add(v, {});
+    next->set_where(in.value->where() + (levels.size() == 1 ? ": " : ".") + printable(v));
+    return true;
+  }
+
+  // The next value; `opens` says that more come inside it.
+  bool put(Value v, bool opens = false) {
+    if (opens && levels.size() == kMaxDepth)
+      refuse(fmt::format("nested deeper than {}", kMaxDepth));
+    if (!levels.empty() && levels.back().value->is(Value::Kind::array)) {
+      Value& list = *levels.back().value;
+      const size_t index = list.items().size();
+      next = &list.push_back({});
+      next->set_where(fmt::format("{}{}[{}]", list.where(), levels.size() == 1 ? ": " : "", index));
+    }
+    v.set_where(next->where());
+    *next = std::move(v);
+    if (opens) levels.push_back({next, {}});
     return true;
   }
 
@@ -57,69 +75,36 @@ struct Builder {
 
   [[noreturn]] void refuse(const std::string& why) {
     const auto at = input.tellg();  // -1 at the end
-    const std::string_view read = text.substr(0, at < 0 ? text.size() : size_t(at));
-    const size_t column = read.size() - (read.find_last_of('\n') + 1);  // npos + 1 is 0
-    fail_input("{}:{}:{}: {}", name, std::count(read.begin(), read.end(), '\n') + 1,
+    const std::string_view read = text.substr(0, at < 0 ? text.npos : size_t(at));
+    const size_t column = read.size() - (read.rfind('\n') + 1);  // npos + 1 is 0
+    fail_input("{}:{}:{}: {}", name, std::ranges::count(read, '\n') + 1,
                std::max<size_t>(column, 1), why);
-  }
-
-  // Puts `v` where it belongs and says where it came from: "file: a.b[3]".
-  Value* place(Value v) {
-    if (levels.empty()) {
-      root = std::move(v);
-      root.set_where(name);
-      return &root;
-    }
-    Value& parent = *levels.back().value;
-    const bool top = levels.size() == 1, list = parent.is(Value::Kind::array);
-    const std::string step =
-        list ? fmt::format("[{}]", parent.items().size()) : printable(next_key);
-    v.set_where(parent.where() + (top ? ": " : list ? "" : ".") + step);
-    return list ? &parent.push_back(std::move(v)) : &parent.add(std::move(next_key), std::move(v));
-  }
-
-  bool put(Value v) { return place(std::move(v)) != nullptr; }
-  bool open(Value v) {
-    if (levels.size() == kMaxDepth) refuse(fmt::format("nested deeper than {}", kMaxDepth));
-    levels.push_back({place(std::move(v)), {}});
-    return true;
-  }
-  bool close() {
-    levels.pop_back();
-    return true;
   }
 };
 
-Json tree_of(const Value& v) {
-  Json tree;
-  switch (v.kind()) {
-    case Value::Kind::null: break;
-    case Value::Kind::boolean: tree = v.as_bool(); break;
-    case Value::Kind::integer: tree = v.as_int(); break;
-    case Value::Kind::real: tree = v.as_real(); break;
-    case Value::Kind::string: tree = v.as_string(); break;
-    case Value::Kind::array:
-      tree = Json::array();
-      for (const Value& item : v.items()) tree.push_back(tree_of(item));
-      break;
-    case Value::Kind::object:
-      Json::object_t members;  // as a vector: its own emplace compares with every key before
-      for (const auto& [key, item] : v.members()) members.emplace_back(key, tree_of(item));
-      tree = std::move(members);
-  }
-  return tree;
-}
-
 }  // namespace
+
+// Found by nlohmann-json, which applies it to the items of arrays too.
+static void to_json(Json& tree, const Value& v) {
+  std::visit(
+      [&](const auto& content) {
+        if constexpr (std::is_same_v<decltype(content), const std::vector<Value::Member>&>)
+          tree = Json::object_t(content.begin(), content.end());
+        else
+          tree = content;
+      },
+      v.content());
+}
 
 Value parse_json(std::string_view text, const std::string& name) {
   Builder builder{text, name};
+  builder.root.set_where(name);
   Json::sax_parse(builder.input, &builder);
   return std::move(builder.root);
 }
 
 std::string Value::json(int indent) const {
-  return tree_of(*this).dump(indent, ' ', false, Json::error_handler_t::replace);
+  return Json(*this).dump(indent, ' ', false, Json::error_handler_t::replace);
 }
 
 }  // namespace pith

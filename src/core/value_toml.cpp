@@ -15,10 +15,6 @@
 #include <toml++/toml.h>
 // clang-format on
 
-#include <algorithm>
-#include <map>
-
-#include "core/error.h"
 #include "core/value.h"
 
 namespace pith {

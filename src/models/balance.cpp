@@ -1,22 +1,13 @@
 #include "models/balance.h"
 
-#include <numeric>
-
 namespace pith {
 namespace {
 
-Tensor& statistic(MicroBatch& mb, const Context& c, const char* name, Shape shape) {
-  Tensor& sum = (*mb.statistics)[name];
-  if (!sum) sum = Tensor::zeros(shape, master_dtype(c.dtype), c.device, "statistics");
-  return sum;
-}
-
-// Adds coefficient * scalar (wide [1]) to what is differentiated and scalar to
-// the statistics.
+// Adds coefficient * scalar (wide [1]) to what is differentiated and scalar to the statistics.
 void add_loss(Tape& t, MicroBatch& mb, const char* name, const Tensor& scalar, double coefficient) {
   if (mb.statistics) {
-    Tensor& sum = statistic(mb, t.context, name, {1});
-    sum = wide_scalar(t.context, value_of(sum) + value_of(scalar));
+    Tensor& sum = (*mb.statistics)[name];
+    sum = wide_scalar(t.context, (sum ? value_of(sum) : 0) + value_of(scalar));
   }
   if (t.recording() && coefficient != 0) t.set_grad(scalar, wide_scalar(t.context, coefficient));
 }
@@ -24,20 +15,19 @@ void add_loss(Tape& t, MicroBatch& mb, const char* name, const Tensor& scalar, d
 }  // namespace
 
 RouterState declare_router_state(ParamSet& params, const Balance& balance,
-                                 const std::string& prefix, int64_t experts,
-                                 const std::string& bias_name) {
-  RouterState state;
-  const auto declare = [&](const std::string& name, Shape shape, Init init, bool exported) {
-    return &params.add(
-        {.name = name, .shape = shape, .role = Role::state, .init = init, .exported = exported});
+                                 const std::string& prefix, int64_t experts) {
+  const auto declare = [&](const char* name, Shape shape, Init init) {
+    return &params.add({.name = prefix + name,
+                        .shape = shape,
+                        .role = Role::state,
+                        .init = init,
+                        .exported = false});
   };
-  if (balance.bias_update_rate > 0) {
-    const bool known = !bias_name.empty();
-    state.bias = declare(known ? bias_name : prefix + ".e_score_correction_bias", {experts},
-                         Init::zeros, known);
-  }
+  RouterState state;
+  if (balance.bias_update_rate > 0)
+    state.bias = declare(".e_score_correction_bias", {experts}, Init::zeros);
   if (balance.loss == "global_batch")
-    state.fractions = declare(prefix + ".expert_fractions", {1, experts}, Init::uniform, false);
+    state.fractions = declare(".expert_fractions", {1, experts}, Init::uniform);
   return state;
 }
 
@@ -52,7 +42,9 @@ Routing route(Tape& t, MicroBatch& mb, const Balance& balance, const RouterRule&
       route_top_k(t, logits_TE, rule, state.bias ? state.bias->value : Tensor(), ids_TK, at);
   if (mb.trace) mb.trace->push_back({r.ids, r.weights, {}});
   if (mb.statistics) {
-    Tensor counts_LE = statistic(mb, t.context, "expert_count", {moe_layers, E});
+    Tensor& counts_LE = (*mb.statistics)["expert_count"];
+    if (!counts_LE)
+      counts_LE = Tensor::zeros({moe_layers, E}, logits_TE.dtype(), t.context.device, "statistics");
     Tensor counts_E = counts_LE.row_range(moe_layer, moe_layer + 1).reshape({E});
     count_experts(t, r.ids, counts_E, at);
   }

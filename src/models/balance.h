@@ -12,11 +12,9 @@ struct RouterState {
   // wide [1, E]: expert fractions of the previous step's whole batch, uniform at first
   Param* fractions = nullptr;
 };
-// `prefix`: HF name of the router ("model.layers.3.mlp.gate"). `bias_name`: its HF tensor, or ""
-// where HF has none.
+// `prefix`: HF name of the router ("model.layers.3.mlp.gate"), where HF has no tensor for its bias.
 RouterState declare_router_state(ParamSet& params, const Balance& balance,
-                                 const std::string& prefix, int64_t experts,
-                                 const std::string& bias_name);
+                                 const std::string& prefix, int64_t experts);
 
 // logits wide [T, E] of MoE layer `moe_layer`.
 Routing route(Tape& t, MicroBatch& mb, const Balance& balance, const RouterRule& rule,

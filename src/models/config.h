@@ -20,24 +20,13 @@ void config_only(const Value& config, const char* key, const Value& wanted);
 
 // Rotary embedding: `rope_theta` + `rope_scaling` (v4) or `rope_parameters` (v5). Types default,
 // linear, yarn (Peng et al. 2023, arXiv:2309.00071) and llama3, with the defaults of transformers'
-// modeling_rope_utils.
-struct RopeConfig {
-  std::string type = "default";
-  double theta = 10000;
-  double factor = 1;
-  double attention_factor = 1;
-  double beta_fast = 32, beta_slow = 1;
-  double low_freq_factor = 1, high_freq_factor = 4;
-  double original_positions = 0;
-  bool truncate = true;
-};
-RopeConfig read_rope_config(const Value& config, double default_theta);
-// Angles are fp32 products of position and inverse frequency, as transformers computes them,
-// whatever the dtype.
-RopeTable make_rope_table(const RopeConfig& rope, int64_t rotary_dim, int64_t positions,
-                          DType dtype, Device device);
+// modeling_rope_utils. Angles are fp32 products of position and inverse frequency, as transformers
+// computes them, whatever the dtype.
+RopeTable make_rope_table(const Value& config, int64_t rotary_dim, int64_t positions, DType dtype,
+                          Device device);
 
-// Writes both spellings of everything that was renamed between transformers 4 and 5.
+// Writes both spellings of what was renamed between transformers 4 and 5, except for the dtype, which
+// is the checkpoint's own. `config` has a number of experts.
 Value with_both_spellings(Value config);
 
 }  // namespace pith

@@ -12,8 +12,6 @@
 // plus embed and head_loss. Letters: T tokens of a micro-batch (B sequences of S), H hidden, E
 // experts, K chosen.
 
-#include <map>
-
 #include "core/value.h"
 #include "data/loader.h"
 #include "ops/attention.h"

@@ -1,8 +1,5 @@
 #include "models/qwen3_moe.h"
 
-#include <algorithm>
-#include <cmath>
-
 #include "ops/ops.h"
 
 // Letters: T tokens, H hidden, D head dim, E experts, K chosen, I expert width, N (row, expert)
@@ -12,8 +9,7 @@ namespace pith {
 
 Qwen3Moe::Qwen3Moe(const Value& c, const ModelOptions& options) : config_(c), options_(options) {
   config_only(c, "hidden_act", "silu");
-  if (config_real(c, "attention_dropout", 0) != 0)
-    fail_input("{}: attention_dropout must be 0", c.where());
+  config_only(c, "attention_dropout", 0.0);
   config_only(c, "use_bidirectional_attention", false);
   config_only(c, "quantization_config", Value());
 
@@ -21,8 +17,6 @@ Qwen3Moe::Qwen3Moe(const Value& c, const ModelOptions& options) : config_(c), op
   heads_ = config_size(c, {"num_attention_heads"});
   kv_heads_ = config_size(c, {"num_key_value_heads"}, heads_);
   head_dim_ = config_size(c, {"head_dim"}, hidden_ / heads_);
-  expert_width_ = config_size(c, {"moe_intermediate_size"});
-  attention_bias_ = config_flag(c, "attention_bias", false);
   eps_ = float(config_real(c, "rms_norm_eps", 1e-6));
   if (config_flag(c, "use_sliding_window", false)) window_ = config_size(c, {"sliding_window"});
   if (heads_ % kv_heads_)
@@ -44,8 +38,8 @@ Qwen3Moe::Qwen3Moe(const Value& c, const ModelOptions& options) : config_(c), op
                size.experts);
   rule_.top_k = size.top_k;
   rule_.renormalize = config_flag(c, "norm_topk_prob", false);
-  rope_ = make_rope_table(read_rope_config(c, 10000), head_dim_, options.max_positions,
-                          master_dtype(options.dtype), options.device);
+  rope_ = make_rope_table(c, head_dim_, options.max_positions, master_dtype(options.dtype),
+                          options.device);
 
   // Which layers are dense: those listed, and those a sparse step skips.
   std::vector<int64_t> dense;
@@ -53,9 +47,8 @@ Qwen3Moe::Qwen3Moe(const Value& c, const ModelOptions& options) : config_(c), op
     for (const Value& v : listed->items()) dense.push_back(v.as_int());
   const int64_t sparse_step = config_size(c, {"decoder_sparse_step"}, 1);
 
-  embed_ = &params.add({.name = "model.embed_tokens.weight",
-                        .shape = {size.vocabulary, hidden_},
-                        .role = Role::embedding});
+  const Shape table{size.vocabulary, hidden_};
+  embed_ = matrix("model.embed_tokens.weight", table, Role::embedding);
   for (int64_t l = 0; l < size.layers; ++l) {
     const std::string prefix = fmt::format("model.layers.{}.", l);
     Layer& w = layers_.emplace_back();
@@ -68,79 +61,70 @@ Qwen3Moe::Qwen3Moe(const Value& c, const ModelOptions& options) : config_(c), op
       declare_experts(w, prefix + "mlp.");
     }
   }
-  final_norm_ = declare_norm("model.norm.weight", hidden_);
+  final_norm_ = vector("model.norm.weight", hidden_, Init::ones);
   const bool tied = config_flag(c, "tie_word_embeddings", false);
-  lm_head_ = tied ? embed_
-                  : &params.add({.name = "lm_head.weight",
-                                 .shape = {size.vocabulary, hidden_},
-                                 .role = Role::head});
+  lm_head_ = tied ? embed_ : matrix("lm_head.weight", table, Role::head);
   params.allocate(options.dtype, options.device, options.training);
 }
 
-Param* Qwen3Moe::declare_norm(const std::string& name, int64_t width) {
-  return &params.add(
-      {.name = name, .shape = {width}, .role = Role::vector, .decay = false, .init = Init::ones});
+Param* Qwen3Moe::matrix(const std::string& name, Shape shape, Role role,
+                        std::vector<Piece> pieces) {
+  return &params.add({.name = name, .shape = shape, .role = role, .pieces = std::move(pieces)});
+}
+
+Param* Qwen3Moe::vector(const std::string& name, int64_t width, Init init,
+                        std::vector<Piece> pieces) {
+  return &params.add({.name = name,
+                      .shape = {width},
+                      .role = Role::vector,
+                      .decay = false,
+                      .init = init,
+                      .pieces = std::move(pieces)});
 }
 
 void Qwen3Moe::declare_attention(Layer& w, const std::string& prefix) {
   const std::string self = prefix + "self_attn.";
   const int64_t Q = heads_ * head_dim_, KV = kv_heads_ * head_dim_, H = hidden_;
-  const auto matrix = [&](const std::string& name, Shape shape, std::vector<Piece> pieces) {
-    return &params.add({.name = name, .shape = shape, .pieces = std::move(pieces)});
-  };
-  const auto bias = [&](const std::string& name, int64_t width, std::vector<Piece> pieces) {
-    return &params.add({.name = name,
-                        .shape = {width},
-                        .role = Role::vector,
-                        .decay = false,
-                        .init = Init::zeros,
-                        .pieces = std::move(pieces)});
-  };
-  w.input_norm = declare_norm(prefix + "input_layernorm.weight", H);
-  w.qkv = matrix(self + "qkv_proj.weight", {Q + 2 * KV, H},
+  w.input_norm = vector(prefix + "input_layernorm.weight", H, Init::ones);
+  w.qkv = matrix(self + "qkv_proj.weight", {Q + 2 * KV, H}, Role::matrix,
                  {{self + "q_proj.weight", {Q, H}},
                   {self + "k_proj.weight", {KV, H}},
                   {self + "v_proj.weight", {KV, H}}});
-  w.q_norm = declare_norm(self + "q_norm.weight", head_dim_);
-  w.k_norm = declare_norm(self + "k_norm.weight", head_dim_);
-  w.o = matrix(self + "o_proj.weight", {H, Q}, {});
-  if (attention_bias_) {
-    w.qkv_bias = bias(
-        self + "qkv_proj.bias", Q + 2 * KV,
+  w.q_norm = vector(self + "q_norm.weight", head_dim_, Init::ones);
+  w.k_norm = vector(self + "k_norm.weight", head_dim_, Init::ones);
+  w.o = matrix(self + "o_proj.weight", {H, Q});
+  if (config_flag(config_, "attention_bias", false)) {
+    w.qkv_bias = vector(
+        self + "qkv_proj.bias", Q + 2 * KV, Init::zeros,
         {{self + "q_proj.bias", {Q}}, {self + "k_proj.bias", {KV}}, {self + "v_proj.bias", {KV}}});
-    w.o_bias = bias(self + "o_proj.bias", H, {});
+    w.o_bias = vector(self + "o_proj.bias", H, Init::zeros);
   }
-  w.post_attention_norm = declare_norm(prefix + "post_attention_layernorm.weight", H);
+  w.post_attention_norm = vector(prefix + "post_attention_layernorm.weight", H, Init::ones);
 }
 
 void Qwen3Moe::declare_experts(Layer& w, const std::string& mlp) {
-  const int64_t E = size.experts, I = expert_width_, H = hidden_;
-  w.gate = &params.add({.name = mlp + "gate.weight", .shape = {E, H}, .role = Role::router});
+  const int64_t E = size.experts, H = hidden_, I = config_size(config_, {"moe_intermediate_size"});
+  w.gate = matrix(mlp + "gate.weight", {E, H}, Role::router);
+  Param gate_up{.name = mlp + "experts.gate_up_proj", .shape = {E, 2 * I, H}};
+  Param down{.name = mlp + "experts.down_proj", .shape = {E, H, I}};
   // One tensor per expert, or all in one.
-  const auto declare = [&](const std::string& name, Shape shape, std::vector<Piece> pieces) {
-    return &params.add({.name = name,
-                        .shape = shape,
-                        .pieces = std::move(pieces),
-                        .also_read = {{{name, shape}}}});
-  };
-  std::vector<Piece> gate_up, down;
   for (int64_t e = 0; e < E; ++e) {
     const std::string expert = fmt::format("{}experts.{}.", mlp, e);
-    gate_up.push_back({expert + "gate_proj.weight", {I, H}});
-    gate_up.push_back({expert + "up_proj.weight", {I, H}});
-    down.push_back({expert + "down_proj.weight", {H, I}});
+    gate_up.pieces.push_back({expert + "gate_proj.weight", {I, H}});
+    gate_up.pieces.push_back({expert + "up_proj.weight", {I, H}});
+    down.pieces.push_back({expert + "down_proj.weight", {H, I}});
   }
-  w.gate_up = declare(mlp + "experts.gate_up_proj", {E, 2 * I, H}, std::move(gate_up));
-  w.down = declare(mlp + "experts.down_proj", {E, H, I}, std::move(down));
-  w.router = declare_router_state(params, options_.balance, mlp + "gate", E, "");
+  for (Param* p : {&gate_up, &down}) p->also_read = {{{p->name, p->shape}}};
+  w.gate_up = &params.add(std::move(gate_up));
+  w.down = &params.add(std::move(down));
+  w.router = declare_router_state(params, options_.balance, mlp + "gate", E);
 }
 
 void Qwen3Moe::declare_dense(Layer& w, const std::string& mlp, int64_t I) {
-  const std::vector<Piece> pieces = {{mlp + "gate_proj.weight", {I, hidden_}},
-                                     {mlp + "up_proj.weight", {I, hidden_}}};
-  w.gate_up = &params.add(
-      {.name = mlp + "gate_up_proj.weight", .shape = {2 * I, hidden_}, .pieces = pieces});
-  w.down = &params.add({.name = mlp + "down_proj.weight", .shape = {hidden_, I}});
+  w.gate_up =
+      matrix(mlp + "gate_up_proj.weight", {2 * I, hidden_}, Role::matrix,
+             {{mlp + "gate_proj.weight", {I, hidden_}}, {mlp + "up_proj.weight", {I, hidden_}}});
+  w.down = matrix(mlp + "down_proj.weight", {hidden_, I});
 }
 
 Carry Qwen3Moe::embed(Tape& t, MicroBatch& mb) {

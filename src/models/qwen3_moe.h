@@ -4,7 +4,6 @@
 
 #include "models/balance.h"
 #include "models/config.h"
-#include "models/model.h"
 
 namespace pith {
 
@@ -33,7 +32,9 @@ class Qwen3Moe : public Model {
     RouterState router;
     int64_t moe_layer = -1;
   };
-  Param* declare_norm(const std::string& name, int64_t width);
+  Param* matrix(const std::string& name, Shape shape, Role role = Role::matrix,
+                std::vector<Piece> pieces = {});
+  Param* vector(const std::string& name, int64_t width, Init init, std::vector<Piece> pieces = {});
   void declare_attention(Layer& w, const std::string& prefix);
   void declare_experts(Layer& w, const std::string& prefix);
   void declare_dense(Layer& w, const std::string& prefix, int64_t width);
@@ -41,9 +42,8 @@ class Qwen3Moe : public Model {
 
   Value config_;
   ModelOptions options_;
-  int64_t hidden_, heads_, kv_heads_, head_dim_, expert_width_, window_ = 0;
+  int64_t hidden_, heads_, kv_heads_, head_dim_, window_ = 0;
   float eps_;
-  bool attention_bias_;
   RouterRule rule_;
   RopeTable rope_;
   std::vector<Layer> layers_;
