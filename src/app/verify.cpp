@@ -63,9 +63,10 @@ struct GoldenRun {
         const auto begin = grad.begin() + piece.begin;
         const std::vector<double> got(begin, begin + piece.shape.numel()),
             want = reference(name, got.size());
-        rows.push_back(low_precision
-                           ? Row{name + " (1 - cosine)", one_minus_cosine(got, want), 1e-2 * scale}
-                           : Row{name, relative_l2(got, want), 1e-4 * scale});
+        if (low_precision)
+          rows.push_back({name + " (1 - cosine)", one_minus_cosine(got, want), 1e-2 * scale});
+        else
+          rows.push_back({name, relative_l2(got, want), 1e-4 * scale});
         --extra;
       }
     }

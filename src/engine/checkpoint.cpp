@@ -75,12 +75,11 @@ void read_parts(const Safetensors& file, std::vector<Part>& parts,
     const auto matches = [&name = name](auto& pattern) {
       return fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
     };
-    if (!wanted.count(name) && std::ranges::none_of(ignored, matches))
+    if (!wanted.contains(name) && std::ranges::none_of(ignored, matches))
       fail_input("{}: tensor {} does not belong to this model with these settings", file.path(),
                  printable(name));
   }
-  for (Part& part : parts)
-    if (part.data.device() != Device::meta) file.read(part.name, 0, part.data);
+  for (Part& part : parts) file.read(part.name, 0, part.data);
 }
 
 // The first of the forms a parameter can be read from whose tensors are all

@@ -65,13 +65,6 @@ void require_empty(const std::string& out) {
                  name);
 }
 
-std::optional<Loader> validation_loader(const RunConfig& run, const Model& model) {
-  const DataConfig& data = run.data;
-  if (data.validation.empty() || run.eval.every == 0) return std::nullopt;
-  return Loader::sequential(data.validation, data.sequence_length, model.size.vocabulary,
-                            data.document_mask);
-}
-
 // One run: everything that lives from the first step to the last.
 struct Trainer {
   const RunConfig& run;
@@ -82,11 +75,15 @@ struct Trainer {
   Pipeline pipeline = {*model, context, run.train};
   Loader loader = {run.data.train, run.data.sequence_length, model->size.vocabulary,
                    run.data.document_mask, uint64_t(run.train.seed)};
-  std::optional<Loader> validation = validation_loader(run, *model);
+  std::optional<Loader> validation = {};
   Checkpoints checkpoints = {run, *model, optimizer};
   double peak_flops = measure_peak_flops(context.dtype);
 
+  // From the newest checkpoint, the weights of a directory or random ones; gives the updates done.
   int64_t start() {
+    if (run.eval.every > 0)
+      validation.emplace(Loader::sequential(run.data.validation, run.data.sequence_length,
+                                            model->size.vocabulary, run.data.document_mask));
     const std::string last = Checkpoints::latest(run.out);
     if (!last.empty()) {
       const int64_t step = checkpoints.load(last);
