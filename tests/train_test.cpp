@@ -116,6 +116,15 @@ TEST(Train, KeepsALog) {
   EXPECT_EQ(run.train("y", "train.steps=1 resume=false").code, 0);
 }
 
+TEST(Train, WritesATimeline) {
+  const TinyRun run;
+  const Outcome o = run.train("x", "train.steps=3 profile.steps=[2] eval.every=1");
+  ASSERT_EQ(o.code, 0) << o.err;
+  const std::string path = run.path("x") + "/profile/step-00000002.json";
+  EXPECT_NE(parse_json(read_file(path), path).json().find("qwen3_moe.cpp:"), std::string::npos);
+  EXPECT_FALSE(std::filesystem::exists(run.path("x") + "/profile/step-00000003.json"));
+}
+
 TEST(Train, ResumingRepeatsTheUninterruptedRun) {
   const TinyRun run;
   for (const char* dtype : {"fp32", "bf16", "fp64"}) {

@@ -57,9 +57,8 @@ Parts collect(const ParamSet& params, const Optimizer& optimizer, bool copy) {
   return parts;
 }
 
-// Fills the parts from a file that must hold them in their shapes, and nothing
-// else that no pattern of `ignored` matches. Everything is checked before
-// anything is read.
+// Fills the parts from a file that must hold them in their shapes, and nothing else that no pattern
+// of `ignored` matches. Everything is checked before anything is read.
 void read_parts(const Safetensors& file, std::vector<Part>& parts,
                 const std::vector<std::string>& ignored) {
   const auto text_of = [](auto dims) { return Value::array({dims.begin(), dims.end()}).json(); };
@@ -82,8 +81,7 @@ void read_parts(const Safetensors& file, std::vector<Part>& parts,
   for (Part& part : parts) file.read(part.name, 0, part.data);
 }
 
-// The first of the forms a parameter can be read from whose tensors are all
-// there.
+// The first of the forms a parameter can be read from whose tensors are all there.
 const std::vector<Piece>& source_form(const Param& p, const Safetensors& file) {
   std::string missing;
   const auto is_there = [&](const std::vector<Piece>& form) {
@@ -139,8 +137,8 @@ Files fixed_files(const RunConfig& run, const Model& model) {
   return files;
 }
 
-// What decides how sums are ordered: the instructions this program is built
-// for, and those that libraries choose from at run time.
+// What decides how sums are ordered: the instructions this program is built for, and those that
+// libraries choose from at run time.
 std::string instruction_set() {
 #ifdef __AVX512F__
   const char* built = "avx512f";
@@ -151,8 +149,7 @@ std::string instruction_set() {
   return fmt::format("{} on {}", built, brain ? "avx512bf16" : wide ? "avx512f" : "avx2");
 }
 
-// trainer/state.json. The order of the data follows from seed and position (in
-// sequences) alone.
+// trainer/state.json. The order of the data follows from seed and position (in sequences) alone.
 Value state_of(const RunConfig& run, int64_t step) {
   return Value::object({{"format", kFormat},
                         {"version", kVersion},
@@ -181,8 +178,7 @@ void write_parts(const std::string& directory, const char* stem, const std::vect
 
 std::string step_name(int64_t step) { return fmt::format("step-{:08}", step); }
 
-// A directory is only called step-N when it is complete; this tells it from
-// what others put there.
+// A directory is only called step-N when it is complete; this tells it from what others put there.
 bool is_complete(const std::string& directory) { return exists(directory + "/trainer/state.json"); }
 
 std::set<int64_t> complete_steps(const std::string& out) {
@@ -200,9 +196,9 @@ std::string temporary(const std::string& out, int64_t step) {
   return fmt::format("{}/.{}.tmp-{}", out, step_name(step), ::getpid());
 }
 
-// A checkpoint of the same number, which a crash or an earlier run left,
-// changes places with the new one, so that there is one of that name at any
-// moment; where the file system cannot do that it is removed first.
+// A checkpoint of the same number, which a crash or an earlier run left, changes places with the
+// new one, so that there is one of that name at any moment; where the file system cannot do that it
+// is removed first.
 void install(const std::string& directory, const std::string& out, int64_t step) {
   const std::string place = out + "/" + step_name(step), link = out + "/latest";
   const char *from = directory.c_str(), *to = place.c_str();
@@ -224,8 +220,7 @@ void prune(const std::string& out, int64_t newest, int64_t keep) {
   for (; int64_t(steps.size()) > keep; steps.erase(steps.begin())) {
     const std::string place = out + "/" + step_name(*steps.begin()),
                       hidden = temporary(out, *steps.begin());
-    // What is half removed must not look complete, so it loses its name
-    // first.
+    // What is half removed must not look complete, so it loses its name first.
     if (::rename(place.c_str(), hidden.c_str()) != 0)
       warn_once(fmt::format("{} cannot be removed: {}", place, std::strerror(errno)));
     remove_tree(hidden);
@@ -299,8 +294,7 @@ void Checkpoints::save(int64_t step) {
   const bool background = run_.checkpoint.background;
   Files files = files_;
   files["trainer/state.json"] = state_of(run_, step).json(2) + "\n";
-  // The parts are freed when they are written, not when somebody asks for the
-  // result.
+  // The parts are freed when they are written, not when somebody asks for the result.
   auto write = [this, step, files = std::move(files),
                 parts = collect(model_.params, optimizer_, background)]() mutable {
     write_checkpoint(run_, step, files, std::exchange(parts, {}));

@@ -64,8 +64,7 @@ Optimizer::Norm Optimizer::grad_norm(double labels) {
     p.grad_written = true;
     const double squares = sum_of_squares(tape, p.grad);
     sum += squares;
-    if (std::isfinite(squares) || !norm.finite) continue;
-    norm.finite = false;
+    if (std::isfinite(squares) || !norm.finite()) continue;
     norm.first_bad = p.name;
     const auto is_bad = [&](const Piece& piece) {
       const int64_t end = piece.begin + piece.shape.numel();
@@ -79,7 +78,7 @@ Optimizer::Norm Optimizer::grad_norm(double labels) {
 }
 
 void Optimizer::update(double lr, int64_t step, const Norm& norm, double labels) {
-  if (!norm.finite) return;
+  if (!norm.finite()) return;
   const double most = rule_.clip_norm > 0 ? rule_.clip_norm / (norm.value + 1e-6) : 1.0;
   const double scale = std::min(1.0, most) / labels;
   Tape tape(context_, false);

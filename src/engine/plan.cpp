@@ -28,15 +28,13 @@ Plan make_plan(const RunConfig& run) {
     for (const auto& p : model->params) copies.push_back(p->master.clone("checkpoint_copy"));
     for (const auto& s : optimizer.states()) copies.push_back(s.tensor.clone("checkpoint_copy"));
   }
-  {
-    const int64_t rows = run.train.global_batch_size, tokens = rows * run.data.sequence_length;
-    const auto ids = [&] { return Tensor({tokens}, DType::i32, Device::meta, "batch"); };
-    const Tensor starts = run.data.document_mask ? ids() : Tensor();
-    const Batch batch{ids(), ids(), ids(), starts, rows, run.data.sequence_length, tokens};
-    pipeline.train_step(batch, !run.trace.routing.empty());
-    plan.step_flops = context.total.flops;
-    optimizer.update(run.optimizer.lr, 1, optimizer.grad_norm(double(tokens)), double(tokens));
-  }
+  const int64_t rows = run.train.global_batch_size, tokens = rows * run.data.sequence_length;
+  const auto ids = [&] { return Tensor({tokens}, DType::i32, Device::meta, "batch"); };
+  const Tensor starts = run.data.document_mask ? ids() : Tensor();
+  const Batch batch{ids(), ids(), ids(), starts, rows, run.data.sequence_length, tokens};
+  pipeline.train_step(batch, !run.trace.routing.empty());
+  plan.step_flops = context.total.flops;
+  optimizer.update(run.optimizer.lr, 1, optimizer.grad_norm(double(tokens)), double(tokens));
   plan.peak_bytes = memory::peak(Device::meta);
   plan.lines = memory::planned_peak();
   return plan;

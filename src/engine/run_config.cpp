@@ -165,15 +165,14 @@ using Found = std::map<std::string, Value>;  // by dotted key
 void collect(const Value& v, const std::string& key, Found& found) {
   const std::vector<std::string> known = known_keys();
   const std::string prefix = key.empty() ? "" : key + ".";
-  const auto below = [&](const std::string& k) { return k.starts_with(prefix); };
-  if (std::ranges::count(known, key)) {
+  if (std::ranges::count(known, key))
     found[key] = v;
-    return;
-  }
-  if (std::ranges::none_of(known, below))
+  else if (std::ranges::none_of(known, [&](auto& k) { return k.starts_with(prefix); }))
     fail_input("{}: unknown key; {}", v.where(), suggestion(key));
-  if (!v.is(Value::Kind::object)) v.reject(fmt::format("a section, [{}]", key));
-  for (const auto& [name, item] : v.members()) collect(item, prefix + name, found);
+  else if (!v.is(Value::Kind::object))
+    v.reject(fmt::format("a section, [{}]", key));
+  else
+    for (const auto& [name, item] : v.members()) collect(item, prefix + name, found);
 }
 
 // "train.steps=20" as a tree. What is no TOML value is a string.

@@ -25,27 +25,21 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Nothing where the model or the run has no such sum.
-std::vector<double> statistic(const StepSums& sums, const char* name) {
-  if (!sums.statistics.contains(name)) return {};
-  return sums.statistics.at(name).to_vector<double>();
-}
-
 double mean_statistic(const StepSums& sums, const char* name, double count) {
-  const std::vector<double> sum = statistic(sums, name);
-  return sum.empty() || count == 0 ? 0 : sum[0] / count;
+  const auto sum = sums.statistics.find(name);
+  return sum == sums.statistics.end() || count == 0 ? 0 : value_of(sum->second) / count;
 }
 
 // Per MoE layer: tokens of the busiest expert over the mean.
 std::vector<LayerLoad> expert_load(const StepSums& sums, const Model& model) {
   std::vector<LayerLoad> load;
-  const std::vector<double> counts = statistic(sums, "expert_count");
-  const int64_t experts = model.size.experts;
-  for (auto row = counts.begin(); row != counts.end(); row += experts) {
-    const double total = std::accumulate(row, row + experts, 0.0),
-                 most = *std::max_element(row, row + experts);
-    load.push_back(
-        {int(model.moe_layers[load.size()]), total > 0 ? most * double(experts) / total : 0});
+  if (!sums.statistics.contains("expert_count")) return load;
+  const std::vector<double> counts = sums.statistics.at("expert_count").to_vector<double>();
+  const size_t experts = size_t(model.size.experts);
+  for (const int64_t layer : model.moe_layers) {
+    const auto row = std::span(counts).subspan(load.size() * experts, experts);
+    const double total = std::accumulate(row.begin(), row.end(), 0.0);
+    load.push_back({int(layer), total > 0 ? std::ranges::max(row) * double(experts) / total : 0});
   }
   return load;
 }
@@ -56,8 +50,8 @@ void make_directory(const std::string& path) {
   if (error) fail_input("the directory {} cannot be created: {}", path, error.message());
 }
 
-// A run directory that is not to be continued must be empty, but for what a run
-// that failed at once leaves.
+// A run directory that is not to be continued must be empty, but for what a run that failed at once
+// leaves.
 void require_empty(const std::string& out) {
   for (const auto& entry : std::filesystem::directory_iterator(out))
     if (const std::string name = entry.path().filename(); name != ".lock" && name != "logs")
@@ -123,11 +117,11 @@ struct Trainer {
       replay = read_routing_trace(run.trace.replay, step, model->size, batch);
     const StepSums sums = pipeline.train_step(batch, !run.trace.routing.empty(), replay);
     const Optimizer::Norm norm = optimizer.grad_norm(sums.labels);
-    if (!norm.finite || !std::isfinite(sums.loss))
+    if (!norm.finite() || !std::isfinite(sums.loss))
       fail(
           "step {}: the {} is not finite (loss {}); nothing was updated. "
           "debug.check_finite=true names the op",
-          step, norm.finite ? "loss" : "gradient of " + norm.first_bad, sums.loss / sums.labels);
+          step, norm.finite() ? "loss" : "gradient of " + norm.first_bad, sums.loss / sums.labels);
     StepMetrics m;
     m.lr = learning_rate(run.optimizer, run.train.steps, step);
     optimizer.update(m.lr, step, norm, sums.labels);
@@ -136,6 +130,7 @@ struct Trainer {
     if (profiled) {
       make_directory(run.out + "/profile");
       write_chrome_trace(fmt::format("{}/profile/step-{:08d}.json", run.out, step), events);
+      context.timeline = nullptr;  // `events` ends here, validation may follow
     }
 
     const double tokens = double(batch.batch * batch.sequence),
