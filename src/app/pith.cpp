@@ -57,7 +57,7 @@ class CommandLine {
   }
 
  private:
-  CLI::App* add(const char* name, const char* description, std::function<int()> command) {
+  CLI::App* add(const char* name, const char* description, const std::function<int()>& command) {
     CLI::App* sub = app_.add_subcommand(name, description);
     sub->callback([this, command] { code_ = command(); });
     return sub;

@@ -27,7 +27,7 @@ struct GoldenRun {
 
   // The golden `name`, which must have `size` elements, or any number of them for 0.
   std::vector<double> reference(const std::string& name, size_t size = 0) const {
-    const std::vector<double> values = golden.load(name).to_vector<double>();
+    std::vector<double> values = golden.load(name).to_vector<double>();
     if (size != 0 && values.size() != size)
       fail_input("{}: {} has {} elements, the model makes {}", golden.path(), name, values.size(),
                  size);

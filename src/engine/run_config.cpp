@@ -183,7 +183,7 @@ Value parse_override(const std::string& text) {
     fail_input("{}: expected section.key=value, got \"{}\"", place, printable(text));
   const std::string key = text.substr(0, equals), value = text.substr(equals + 1);
   try {
-    const Value tree = parse_toml(text, place);
+    Value tree = parse_toml(text, place);
     if (tree.members().size() == 1) return tree;
   } catch (const InputError&) {
     if (!value.empty() && std::string_view("\"'[{").find(value[0]) != value.npos) throw;
