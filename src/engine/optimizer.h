@@ -13,8 +13,8 @@ class Optimizer {
 
   struct Norm {
     double value = 0;  // L2 norm of the mean gradient: every parameter once
-    bool finite = true;
-    std::string first_bad;  // the first parameter with a non-finite gradient
+    std::string first_bad;  // the first parameter with a non-finite gradient, or ""
+    bool finite() const { return first_bad.empty(); }
   };
   Norm grad_norm(double labels);
 
@@ -34,8 +34,7 @@ class Optimizer {
  private:
   struct Slot {
     Param* param;
-    bool muon;
-    Tensor first, second;
+    Tensor first, second;  // AdamW's moments, or Muon's momentum and nothing
   };
   ParamSet& params_;
   OptimizerConfig rule_;
