@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include "app/commands.h"
-#include "core/file.h"
 
 extern "C" int openblas_get_parallel(void);  // declared in a header of OpenBLAS's own directory
 

@@ -2,10 +2,8 @@
 
 #include <oniguruma.h>
 
-#include <algorithm>
 #include <climits>
 
-#include "core/error.h"
 #include "data/unicode.h"
 
 namespace pith {

@@ -2,9 +2,6 @@
 // The "pre_tokenizer" of a tokenizer.json: cuts text into the pieces that BPE works on. Split,
 // Digits, ByteLevel and Sequence of those, ByteLevel last. The patterns are Oniguruma's.
 
-#include <functional>
-#include <memory>
-
 #include "core/value.h"
 
 struct re_pattern_buffer;

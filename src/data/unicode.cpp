@@ -2,10 +2,7 @@
 
 #include <utf8proc.h>
 
-#include <algorithm>
 #include <cstdlib>
-#include <cstring>
-#include <vector>
 
 #include "core/error.h"
 

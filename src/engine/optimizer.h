@@ -12,7 +12,7 @@ class Optimizer {
   Optimizer(ParamSet& params, const RunConfig& run, Context& context);
 
   struct Norm {
-    double value = 0;  // L2 norm of the mean gradient: every parameter once
+    double value = 0;       // L2 norm of the mean gradient: every parameter once
     std::string first_bad;  // the first parameter with a non-finite gradient, or ""
     bool finite() const { return first_bad.empty(); }
   };
