@@ -15,11 +15,6 @@ constexpr int64_t kParallel = 1 << 14;  // logits below which threads cost more 
 
 bool is_wide(const Tensor& t) { return t.dtype() == DType::f64 || t.dtype() == DType::f32; }
 
-// Calls f with a value of the type of a wide tensor: double or float.
-template <class F> void by_wide(const Tensor& t, F&& f) {
-  t.dtype() == DType::f64 ? f(double{}) : f(float{});
-}
-
 // out = softmax(x); returns logsumexp(x). A NaN anywhere makes everything NaN.
 template <class A> A softmax_row(const A* x, A* out, int64_t n) {
   A high = x[0], sum = 0;
@@ -36,13 +31,6 @@ template <class A> A softmax_row(const A* x, A* out, int64_t n) {
 }
 
 template <class A> void add_to(A& to, A value, bool add) { to = add ? to + value : value; }
-
-template <class A> A dot(const A* a, const A* b, int64_t n) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
 
 // ids[k] of the largest of n keys, best first; of equal keys the lower id wins.
 template <class A> void top_k(const A* key, int64_t n, int32_t* ids, int64_t k) {
@@ -160,14 +148,15 @@ void route_backward(const RouterRule& rule, const Routing& out, const Tensor& dw
       const int32_t* ids = all_ids + t * k;
       const A *scores = all_scores + t * experts, *ds = all_ds + t * experts, *dw = all_dw + t * k;
       const A f = factor(rule, scores, ids);
-      const A mean = is_normalized(rule) ? dot(dw, all_weights + t * k, k) / A(rule.scaling) : A(0);
+      const A mean =
+          is_normalized(rule) ? cpu::dot(dw, all_weights + t * k, k) / A(rule.scaling) : A(0);
       std::copy(ds, ds + experts, d.begin());
       for (int64_t j = 0; j < k; ++j)
         if (ids[j] >= 0) d[ids[j]] += f * (dw[j] - mean);
       if (rule.score == Score::sigmoid) {
         for (int64_t e = 0; e < experts; ++e) d[e] *= scores[e] * (A(1) - scores[e]);
       } else {
-        const A through = dot(d.data(), scores, experts);
+        const A through = cpu::dot(d.data(), scores, experts);
         for (int64_t e = 0; e < experts; ++e) d[e] = scores[e] * (d[e] - through);
       }
       for (int64_t e = 0; e < experts; ++e) add_to(to[t * experts + e], d[e], into.add);
@@ -180,7 +169,7 @@ void count_ids(const Tensor& ids, int64_t groups, Tensor counts) {
   const int64_t per_group = ids.numel() / groups, experts = counts.numel() / groups;
   check_expert_ids(ids, experts);
   const int32_t* id = ids.data<int32_t>();
-  by_wide(counts, [&](auto z) {
+  cpu::by_wide(counts.dtype(), [&](auto z) {
     auto* to = counts.data<decltype(z)>();
     for (int64_t i = 0; i < ids.numel(); ++i)
       if (id[i] >= 0) to[i / per_group * experts + id[i]] += 1;
@@ -195,7 +184,7 @@ template <class F> Tensor sum_over_tokens(Op& op, const char* name, const Tensor
   Tensor terms = op.workspace("loss_terms", {x.dim(0)}, x.dtype());
   Tensor slope = op.workspace("loss_slope", x.shape(), x.dtype());
   op.run({.bytes = 2.0 * x.nbytes()}, [&] {
-    by_wide(x, [&](auto z) {
+    cpu::by_wide(x.dtype(), [&](auto z) {
       using A = decltype(z);
       const int64_t experts = x.dim(1);
       const A* in = x.data<A>();
@@ -209,7 +198,7 @@ template <class F> Tensor sum_over_tokens(Op& op, const char* name, const Tensor
     const Tensor dloss = op.grad(loss);
     if (auto d = op.accumulate(x))
       op.run({.bytes = 2.0 * x.nbytes()}, [&] {
-        by_wide(x, [&](auto z) {
+        cpu::by_wide(x.dtype(), [&](auto z) {
           using A = decltype(z);
           const A seed = dloss.data<A>()[0], *from = slope.data<A>();
           A* to = d.tensor.data<A>();
@@ -240,13 +229,15 @@ Routing route_top_k(Tape& tape, const Tensor& logits, const RouterRule& rule, co
       check_expert_ids(replay, logits.dim(1));
       out.ids.copy_from(replay);
     }
-    by_wide(logits, [&](auto z) { route_forward<decltype(z)>(logits, rule, bias, replay, out); });
+    cpu::by_wide(logits.dtype(),
+                 [&](auto z) { route_forward<decltype(z)>(logits, rule, bias, replay, out); });
   });
   op.backward([=](Op& op) {
     const Tensor dw = op.grad(out.weights), ds = op.grad(out.scores);
     if (auto d = op.accumulate(logits))
       op.run({.bytes = 3.0 * logits.nbytes()}, [&] {
-        by_wide(logits, [&](auto z) { route_backward<decltype(z)>(rule, out, dw, ds, d); });
+        cpu::by_wide(logits.dtype(),
+                     [&](auto z) { route_backward<decltype(z)>(rule, out, dw, ds, d); });
       });
   });
   return out;
@@ -280,7 +271,7 @@ Tensor expert_fractions(Tape& tape, const Tensor& ids, int64_t experts, int64_t 
   op.run({.bytes = double(ids.nbytes())}, [&] {
     fractions.fill_zero();
     count_ids(ids, groups, fractions);
-    by_wide(fractions, [&](auto z) {
+    cpu::by_wide(fractions.dtype(), [&](auto z) {
       for (auto& f : fractions.span<decltype(z)>()) f /= decltype(z)(choices);
     });
   });
@@ -303,7 +294,7 @@ Tensor balance_loss(Tape& tape, const Tensor& scores, const Tensor& fractions, i
     using A = std::remove_reference_t<decltype(*d)>;
     const A* f = fractions.data<A>() + t / per_row * experts;
     const A inverse = A(1) / std::accumulate(s, s + experts, A(0));
-    const A q = dot(f, s, experts) * inverse;
+    const A q = cpu::dot(f, s, experts) * inverse;
     for (int64_t e = 0; e < experts; ++e) d[e] = A(scale) * inverse * (f[e] - q);
     return A(scale) * q;
   });

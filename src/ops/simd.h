@@ -34,10 +34,22 @@ inline float fast_exp(float x) {
 }
 inline double fast_exp(double x) { return std::exp(x); }
 
+// Calls f with a value of the C++ type of a wide dtype: double or float.
+template <class F> void by_wide(DType wide, F&& f) {
+  wide == DType::f64 ? f(double{}) : f(float{});
+}
+
 // Rounds to the storage type.
 template <class T> T narrow(Acc<T> x) { return T(x); }
 
 template <class A> A sigmoid_of(A x) { return A(1) / (A(1) + fast_exp(-x)); }
+
+template <class A> A dot(const A* a, const A* b, int64_t n) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
 
 // f(row) for every row, over the threads if the rows [rows, cols] are worth waking them for.
 template <class F> void parallel_rows(int64_t rows, int64_t cols, F&& f) {
