@@ -286,18 +286,16 @@ Attended attend(Op& op, const Problem& n, const Tensor& qkv, const Tensor& kv, i
   Attended to{op.output("attention", {qkv.dim(0), s.heads * s.head_dim}, qkv.dtype()),
               op.workspace("attention_lse", {qkv.dim(0), s.heads}, wide)};
   Tensor scratch = make_scratch(op, n, wide);
-  op.run({.flops = n.flops(), .bytes = bytes + to.y.nbytes()}, [&] {
-    by_float(qkv.dtype(), [&](auto z) {
-      using T = decltype(z);
-      using F = Acc<T>;
-      const Heads<const T> k{kv.data<T>() + at, kv.cols(), s.head_dim};
-      const Heads<const T> v{k.data + s.kv_heads * s.head_dim, k.stride, k.width};
-      const Heads<T> y{to.y.data<T>(), to.y.dim(1), n.group() * s.head_dim};
-      const Heads<F> lse{to.lse.data<F>(), s.heads, n.group()};
-      cpu::parallel_tasks(n.kv_count() * n.blocks(), [&](int64_t task) {
-        forward<T>(Block(n, task / n.blocks(), task % n.blocks()),
-                   {split(qkv.data<T>(), s).q, k, v}, F(scale), y, lse, Scratch<F>(n, scratch));
-      });
+  cpu::run(op, {.flops = n.flops(), .bytes = bytes + to.y.nbytes()}, qkv.dtype(), [&](auto z) {
+    using T = decltype(z);
+    using F = Acc<T>;
+    const Heads<const T> k{kv.data<T>() + at, kv.cols(), s.head_dim};
+    const Heads<const T> v{k.data + s.kv_heads * s.head_dim, k.stride, k.width};
+    const Heads<T> y{to.y.data<T>(), to.y.dim(1), n.group() * s.head_dim};
+    const Heads<F> lse{to.lse.data<F>(), s.heads, n.group()};
+    cpu::parallel_tasks(n.kv_count() * n.blocks(), [&](int64_t task) {
+      forward<T>(Block(n, task / n.blocks(), task % n.blocks()), {split(qkv.data<T>(), s).q, k, v},
+                 F(scale), y, lse, Scratch<F>(n, scratch));
     });
   });
   return to;
@@ -335,17 +333,16 @@ Tensor attention(Tape& tape, const Tensor& qkv, const AttentionShape& shape, flo
     Tensor d_keys = op.workspace("attention_d_keys", parts, lse.dtype());
     Tensor d_values = op.workspace("attention_d_values", parts, lse.dtype());
     Tensor scratch = make_scratch(op, n, lse.dtype());
-    op.run({.flops = 2.5 * n.flops(), .bytes = 2.0 * (qkv.nbytes() + y.nbytes())}, [&] {
-      by_float(qkv.dtype(), [&](auto z) {
-        using T = decltype(z);
-        const int64_t stride = y.dim(1), width = n.group() * shape.head_dim;
-        const Saved<T> saved{{y.data<T>(), stride, width},
-                             {dy.data<T>(), stride, width},
-                             {lse.data<Acc<T>>(), shape.heads, n.group()}};
-        backward<T>(n, split(qkv.data<T>(), shape), scale, saved, split(d.tensor.data<T>(), shape),
-                    d.add, d_keys, d_values, scratch);
-      });
-    });
+    cpu::run(op, {.flops = 2.5 * n.flops(), .bytes = 2.0 * (qkv.nbytes() + y.nbytes())},
+             qkv.dtype(), [&](auto z) {
+               using T = decltype(z);
+               const int64_t stride = y.dim(1), width = n.group() * shape.head_dim;
+               const Saved<T> saved{{y.data<T>(), stride, width},
+                                    {dy.data<T>(), stride, width},
+                                    {lse.data<Acc<T>>(), shape.heads, n.group()}};
+               backward<T>(n, split(qkv.data<T>(), shape), scale, saved,
+                           split(d.tensor.data<T>(), shape), d.add, d_keys, d_values, scratch);
+             });
   });
   return y;
 }
@@ -365,13 +362,11 @@ Tensor attention_cached(Tape& tape, const Tensor& qkv, KvCache& cache, const Att
              shape.sequence);
   cache.length += shape.sequence;
   const double copied = double(shape.sequence * kv_width) * double(size_of(qkv.dtype()));
-  op.run({.bytes = 2 * copied}, [&] {
-    by_float(qkv.dtype(), [&](auto z) {
-      using T = decltype(z);
-      for (int64_t i = 0; i < shape.sequence; ++i)
-        std::copy_n(qkv.data<T>() + (i + 1) * shape.width() - kv_width, kv_width,
-                    cache.kv.data<T>() + (before + i) * kv_width);
-    });
+  cpu::run(op, {.bytes = 2 * copied}, qkv.dtype(), [&](auto z) {
+    using T = decltype(z);
+    for (int64_t i = 0; i < shape.sequence; ++i)
+      std::copy_n(qkv.data<T>() + (i + 1) * shape.width() - kv_width, kv_width,
+                  cache.kv.data<T>() + (before + i) * kv_width);
   });
   const double read = double(cache.length * kv_width) * double(size_of(qkv.dtype()));
   return attend(op, {shape, cache.length, before, window, {}}, qkv, cache.kv, 0, scale, read).y;

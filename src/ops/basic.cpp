@@ -38,21 +38,19 @@ template <class T> auto values(const Tensor& x) {
 // value of the type of `to`).
 template <class F> void write(Op& op, Op::Into to, double bytes, int64_t n, Place at, F make) {
   if (!to) return;
-  op.run({.bytes = bytes}, [&] {
-    by_float(to.tensor.dtype(), [&](auto z) {
-      using T = decltype(z);
-      const auto value = make(z);
-      T* out = to.tensor.data<T>();
-      const auto put = [&](int64_t j, Acc<T> v) { out[j] = T(to.add ? Acc<T>(out[j]) + v : v); };
-      if (at.itself()) {
+  cpu::run(op, {.bytes = bytes}, to.tensor.dtype(), [&](auto z) {
+    using T = decltype(z);
+    const auto value = make(z);
+    T* out = to.tensor.data<T>();
+    const auto put = [&](int64_t j, Acc<T> v) { out[j] = T(to.add ? Acc<T>(out[j]) + v : v); };
+    if (at.itself()) {
 #pragma omp parallel for if (n > 65536)
-        for (int64_t i = 0; i < n; ++i) put(i, Acc<T>(value(i)));
-        return;
-      }
-      std::vector<double> sums(size_t(to.tensor.numel()));
-      for (int64_t i = 0; i < n; ++i) sums[at(i)] += double(value(i));
-      for (size_t j = 0; j < sums.size(); ++j) put(j, Acc<T>(sums[j]));
-    });
+      for (int64_t i = 0; i < n; ++i) put(i, Acc<T>(value(i)));
+      return;
+    }
+    std::vector<double> sums(size_t(to.tensor.numel()));
+    for (int64_t i = 0; i < n; ++i) sums[at(i)] += double(value(i));
+    for (size_t j = 0; j < sums.size(); ++j) put(j, Acc<T>(sums[j]));
   });
 }
 
@@ -371,18 +369,16 @@ Tensor top_k(Tape& tape, const Tensor& x, int64_t k, Loc at) {
   const int64_t rows = x.rows(), cols = row_size(x);
   op.require(0 <= k && k <= cols, "the best {} of {} columns", k, cols);
   Tensor ids = op.workspace("top_k", {rows, k}, DType::i32);
-  op.run({.bytes = double(x.nbytes() + ids.nbytes())}, [&] {
-    by_float(x.dtype(), [&](auto z) {
-      const auto* in = x.data<decltype(z)>();
-      // NaN comes last.
-      const auto value = [&in](int32_t i) { return in[i] == in[i] ? double(in[i]) : -HUGE_VAL; };
-      std::vector<int32_t> order(static_cast<size_t>(cols));
-      for (int64_t r = 0; r < rows; ++r, in += cols) {
-        std::iota(order.begin(), order.end(), 0);
-        std::ranges::stable_sort(order, std::greater(), value);  // of equals the first
-        std::copy_n(order.begin(), k, ids.data<int32_t>() + r * k);
-      }
-    });
+  cpu::run(op, {.bytes = double(x.nbytes() + ids.nbytes())}, x.dtype(), [&](auto z) {
+    const auto* in = x.data<decltype(z)>();
+    // NaN comes last.
+    const auto value = [&in](int32_t i) { return in[i] == in[i] ? double(in[i]) : -HUGE_VAL; };
+    std::vector<int32_t> order(static_cast<size_t>(cols));
+    for (int64_t r = 0; r < rows; ++r, in += cols) {
+      std::iota(order.begin(), order.end(), 0);
+      std::ranges::stable_sort(order, std::greater(), value);  // of equals the first
+      std::copy_n(order.begin(), k, ids.data<int32_t>() + r * k);
+    }
   });
   return ids;
 }

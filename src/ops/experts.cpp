@@ -67,18 +67,14 @@ Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const ExpertO
   check_order(op, order, from, gather ? rows : pairs);
   Tensor to = op.output(name, {gather ? pairs : rows, from.dim(1)}, from.dtype());
   const Cost cost{.bytes = double(from.nbytes() + to.nbytes())};
-  op.run(cost, [&] {
-    by_float(from.dtype(), [&](auto z) {
-      (gather ? spread<decltype(z)> : collect<decltype(z)>)(from, order, to, false);
-    });
+  cpu::run(op, cost, from.dtype(), [&](auto z) {
+    (gather ? spread<decltype(z)> : collect<decltype(z)>)(from, order, to, false);
   });
   op.backward([=](Op& op) {
     const Tensor d_to = op.grad(to);
     if (auto d = op.accumulate(from))
-      op.run(cost, [&] {
-        by_float(from.dtype(), [&](auto z) {
-          (gather ? collect<decltype(z)> : spread<decltype(z)>)(d_to, order, d.tensor, d.add);
-        });
+      cpu::run(op, cost, from.dtype(), [&](auto z) {
+        (gather ? collect<decltype(z)> : spread<decltype(z)>)(d_to, order, d.tensor, d.add);
       });
   });
   return to;
@@ -193,9 +189,8 @@ Tensor swiglu(Tape& tape, const Tensor& gate_up, const Tensor& weights, const Ex
   op.require(!weights || (weights.shape() == order.pairs.shape() && weights.dtype() == wide),
              "weights must be {} like pairs, not {}", name_of(wide), weights.str());
   Tensor y = op.output("swiglu", {gate_up.dim(0), gate_up.dim(1) / 2}, gate_up.dtype());
-  op.run({.bytes = 1.5 * gate_up.nbytes()}, [&] {
-    by_float(y.dtype(), [&](auto z) { swiglu_forward<decltype(z)>(gate_up, weights, order, y); });
-  });
+  cpu::run(op, {.bytes = 1.5 * gate_up.nbytes()}, y.dtype(),
+           [&](auto z) { swiglu_forward<decltype(z)>(gate_up, weights, order, y); });
   op.backward([=](Op& op) {
     const Tensor dy = op.grad(y);
     const Op::Into into = op.accumulate(gate_up),

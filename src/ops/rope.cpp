@@ -190,13 +190,10 @@ Tensor qk_norm_rope(Tape& tape, const Tensor& qkv, Param* q_norm, Param* k_norm,
   const Call call{qkv, q_norm, k_norm, eps, rope, positions, shape};
   call.check(op);
   Tensor y = op.output("qk_norm_rope", qkv.shape(), qkv.dtype());
-  op.run({.bytes = 2.0 * qkv.nbytes()}, [&] {
-    by_float(qkv.dtype(), [&](auto type) {
-      using T = decltype(type);
-      T* to = y.data<T>();
-      call.for_tokens<T>(
-          [&](const Rope<T>& rope, int64_t t, Acc<T>* z) { rope.forward(t, to, z); });
-    });
+  cpu::run(op, {.bytes = 2.0 * qkv.nbytes()}, qkv.dtype(), [&](auto type) {
+    using T = decltype(type);
+    T* to = y.data<T>();
+    call.for_tokens<T>([&](const Rope<T>& rope, int64_t t, Acc<T>* z) { rope.forward(t, to, z); });
   });
   op.backward([call, y = y.identity()](Op& op) { rope_backward(op, call, op.grad(y)); });
   return y;

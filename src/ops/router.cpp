@@ -128,27 +128,22 @@ template <class F> Tensor sum_over_tokens(Op& op, const char* name, const Tensor
   Tensor loss = op.output(name, {1}, x.dtype());
   Tensor terms = op.workspace("loss_terms", {x.dim(0)}, x.dtype());
   Tensor slope = op.workspace("loss_slope", x.shape(), x.dtype());
-  op.run({.bytes = 2.0 * x.nbytes()}, [&] {
-    cpu::by_wide(x.dtype(), [&](auto z) {
-      using A = decltype(z);
-      const int64_t experts = x.dim(1);
-      A* term = terms.data<A>();
-      cpu::parallel_rows(x.dim(0), experts, [&](int64_t t) {
-        term[t] = row(t, x.data<A>() + t * experts, slope.data<A>() + t * experts);
-      });
-      loss.data<A>()[0] = A(std::accumulate(term, term + x.dim(0), 0.0));
+  cpu::run_wide(op, {.bytes = 2.0 * x.nbytes()}, x.dtype(), [&](auto z) {
+    using A = decltype(z);
+    const int64_t experts = x.dim(1);
+    A* term = terms.data<A>();
+    cpu::parallel_rows(x.dim(0), experts, [&](int64_t t) {
+      term[t] = row(t, x.data<A>() + t * experts, slope.data<A>() + t * experts);
     });
+    loss.data<A>()[0] = A(std::accumulate(term, term + x.dim(0), 0.0));
   });
   op.backward([=](Op& op) {
     const Tensor dloss = op.grad(loss);
     if (auto d = op.accumulate(x))
-      op.run({.bytes = 2.0 * x.nbytes()}, [&] {
-        cpu::by_wide(x.dtype(), [&](auto z) {
-          using A = decltype(z);
-          const A seed = dloss.data<A>()[0], *from = slope.data<A>();
-          cpu::store(d.tensor.data<A>(), d.add, x.numel(),
-                     [=](int64_t i) { return seed * from[i]; });
-        });
+      cpu::run_wide(op, {.bytes = 2.0 * x.nbytes()}, x.dtype(), [&](auto z) {
+        using A = decltype(z);
+        const A seed = dloss.data<A>()[0], *from = slope.data<A>();
+        cpu::store(d.tensor.data<A>(), d.add, x.numel(), [=](int64_t i) { return seed * from[i]; });
       });
   });
   return loss;
@@ -184,10 +179,8 @@ Routing route_top_k(Tape& tape, const Tensor& logits, const RouterRule& rule, co
   op.backward([=](Op& op) {
     const Tensor dw = op.grad(out.weights), ds = op.grad(out.scores);
     if (auto d = op.accumulate(logits))
-      op.run({.bytes = 3.0 * logits.nbytes()}, [&] {
-        cpu::by_wide(logits.dtype(),
-                     [&](auto z) { route_backward<decltype(z)>(rule, out, dw, ds, d); });
-      });
+      cpu::run_wide(op, {.bytes = 3.0 * logits.nbytes()}, logits.dtype(),
+                    [&](auto z) { route_backward<decltype(z)>(rule, out, dw, ds, d); });
   });
   return out;
 }

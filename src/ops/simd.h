@@ -34,9 +34,16 @@ inline float fast_exp(float x) {
 }
 inline double fast_exp(double x) { return std::exp(x); }
 
-// Calls f with a value of the C++ type of a wide dtype: double or float.
+// op.run with f called on a value of the C++ type of a floating dtype.
+template <class F> void run(Op& op, Cost cost, DType dtype, F&& f) {
+  op.run(cost, [&] { by_float(dtype, f); });
+}
+// The same where bf16 cannot be.
 template <class F> void by_wide(DType wide, F&& f) {
   wide == DType::f64 ? f(double{}) : f(float{});
+}
+template <class F> void run_wide(Op& op, Cost cost, DType wide, F&& f) {
+  op.run(cost, [&] { by_wide(wide, f); });
 }
 
 // Rounds to the storage type.
