@@ -1,9 +1,5 @@
 #include "ops/attention.h"
 
-#include <omp.h>
-
-#include <limits>
-
 #include "ops/gemm.h"
 #include "ops/simd.h"
 

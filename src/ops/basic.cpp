@@ -1,6 +1,5 @@
 #include "ops/basic.h"
 
-#include <numeric>
 #include <tuple>
 
 #include "ops/gemm.h"

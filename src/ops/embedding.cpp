@@ -1,8 +1,5 @@
 #include "ops/embedding.h"
 
-#include <limits>
-#include <numeric>
-
 #include "ops/gemm.h"
 #include "ops/simd.h"
 

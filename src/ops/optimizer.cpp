@@ -1,9 +1,5 @@
 #include "ops/optimizer.h"
 
-#include <omp.h>
-
-#include <numeric>
-
 #include "ops/gemm.h"
 #include "ops/simd.h"
 

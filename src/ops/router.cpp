@@ -1,8 +1,5 @@
 #include "ops/router.h"
 
-#include <algorithm>
-#include <numeric>
-
 #include "ops/experts.h"
 #include "ops/simd.h"
 

@@ -1,8 +1,12 @@
 #pragma once
 // What the CPU kernels share: accumulation types, loops and a vectorizable exponential.
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <numeric>
 
 #include "core/op.h"
 
