@@ -13,7 +13,7 @@ namespace {
 
 using cpu::Acc;
 
-constexpr int64_t kRows = 128, kKeys = 256;
+constexpr int64_t kRows = 96, kKeys = 256;  // 96: whole tokens of most groups
 
 struct Range {
   int64_t begin, end;
@@ -142,7 +142,7 @@ template <class F> F softmax_row(int64_t n, F* p, F& top, F& sum) {
   for (int64_t j = 0; j < n; ++j) high = p[j] > high ? p[j] : high;
 #pragma omp simd reduction(+ : more)
   for (int64_t j = 0; j < n; ++j) more += p[j] = cpu::fast_exp(p[j] - high);
-  const F keep = cpu::fast_exp(top - high);
+  const F keep = sum == 0 ? F(1) : cpu::fast_exp(top - high);
   sum = sum * keep + more;
   top = high;
   return keep;
