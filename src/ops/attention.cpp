@@ -167,6 +167,13 @@ Tensor make_scratch(Op& op, const Problem& n, DType wide) {
   return op.workspace("attention_scratch", {omp_get_max_threads(), size}, wide);
 }
 
+// f(task) on one thread each, even if there is only one task: with several, the library may add in
+// another order.
+template <class F> void for_tasks(int64_t count, F f) {
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t task = 0; task < count; ++task) f(task);
+}
+
 // lse: log of the sum of exponentials of each row.
 template <class T, class F>
 void forward(const Block& b, const Qkv<const T>& in, F scale, Heads<T> out, Heads<F> lse,
@@ -257,7 +264,7 @@ template <class T, class F = Acc<T>>
 void backward(const Problem& n, const Qkv<const T>& in, float scale, const Saved<T>& saved,
               Qkv<T> to, bool add, Tensor& d_keys, Tensor& d_values, Tensor& scratch) {
   const int64_t parts = n.parts(), size = n.keys * n.s.head_dim;
-  cpu::parallel_tasks(n.kv_count() * parts, [&](int64_t task) {
+  for_tasks(n.kv_count() * parts, [&](int64_t task) {
     F *dk = d_keys.data<F>() + task * size, *dv = d_values.data<F>() + task * size;
     std::fill_n(dk, size, F(0));
     std::fill_n(dv, size, F(0));
@@ -289,7 +296,7 @@ Attended attend(Op& op, const Problem& n, const Tensor& qkv, const Tensor& kv, i
     const Heads<const T> v{k.data + s.kv_heads * s.head_dim, k.stride, k.width};
     const Heads<T> y{to.y.data<T>(), to.y.dim(1), n.group() * s.head_dim};
     const Heads<F> lse{to.lse.data<F>(), s.heads, n.group()};
-    cpu::parallel_tasks(n.kv_count() * n.blocks(), [&](int64_t task) {
+    for_tasks(n.kv_count() * n.blocks(), [&](int64_t task) {
       forward<T>(Block(n, task / n.blocks(), task % n.blocks()), {split(qkv.data<T>(), s).q, k, v},
                  F(scale), y, lse, Scratch<F>(n, scratch));
     });
