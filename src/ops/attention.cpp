@@ -137,12 +137,8 @@ void multiply(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const
 // One row of scores of n keys: p = exp(p - top). top and sum are of the keys so far; returns the
 // factor on what was summed with the top before.
 template <class F> F softmax_row(int64_t n, F* p, F& top, F& sum) {
-  F high = top, more = 0;
-#pragma omp simd reduction(max : high)
-  for (int64_t j = 0; j < n; ++j) high = p[j] > high ? p[j] : high;
-#pragma omp simd reduction(+ : more)
-  for (int64_t j = 0; j < n; ++j) more += p[j] = cpu::fast_exp(p[j] - high);
-  const F keep = sum == 0 ? F(1) : cpu::fast_exp(top - high);
+  F high = top;
+  const F more = cpu::exp_row(p, p, n, high), keep = sum == 0 ? F(1) : cpu::fast_exp(top - high);
   sum = sum * keep + more;
   top = high;
   return keep;

@@ -31,18 +31,14 @@ template <class T> Acc<T> cross_entropy_row(Acc<T>* logits, int64_t n, int32_t l
     if (grad) std::fill_n(grad, n, T(0));
     return 0;
   }
-  A max = -std::numeric_limits<A>::infinity(), sum = 0;
-#pragma omp simd reduction(max : max)
-  for (int64_t j = 0; j < n; ++j) max = logits[j] > max ? logits[j] : max;
-  const A distance = max - logits[label];
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += logits[j] = cpu::fast_exp(logits[j] - max);
+  A max = -std::numeric_limits<A>::infinity();
+  const A score = logits[label], sum = cpu::exp_row(logits, logits, n, max);
   if (grad) {
-    const A scale = 1 / sum, own = logits[label] * scale - 1;
+    const A scale = 1 / sum, own = logits[label] * scale - 1;  // grad may be logits
     cpu::store(grad, false, n, [=](int64_t j) { return logits[j] * scale; });
     grad[label] = T(own);
   }
-  return std::log(sum) + distance;
+  return std::log(sum) + (max - score);
 }
 
 // logits and dlogits are of one chunk. dlogits, dx and dw are empty when not wanted.
@@ -132,15 +128,14 @@ HeadLoss head_loss(Tape& tape, const Tensor& x, Param& w, const Tensor& labels, 
   }
   if (op.wants(x)) head.dx = op.workspace("head_dx", x.shape(), x.dtype());
   const double products = 1.0 + bool(head.dx) + bool(head.dw);
-  cpu::run(op,
-           {2.0 * products * rows * w.value.numel(),
-            products * (x.nbytes() + w.value.nbytes()) + 2.0 * rows * vocabulary * 4},
-           x.dtype(), [&](auto z) {
-             using A = Acc<decltype(z)>;
-             run_head<decltype(z)>(head);
-             const auto loss = out.token_loss.span<A>();
-             out.sum.data<A>()[0] = A(std::accumulate(loss.begin(), loss.end(), 0.0));
-           });
+  const Cost cost{2.0 * products * rows * w.value.numel(),
+                  products * (x.nbytes() + w.value.nbytes()) + 2.0 * rows * vocabulary * 4};
+  cpu::run(op, cost, x.dtype(), [&](auto z) {
+    using A = Acc<decltype(z)>;
+    run_head<decltype(z)>(head);
+    const auto loss = out.token_loss.span<A>();
+    out.sum.data<A>()[0] = A(std::accumulate(loss.begin(), loss.end(), 0.0));
+  });
   if (head.dx)
     op.backward([sum = out.sum.identity(), x = x.identity(), dx = head.dx, &w](Op& op) {
       scale_by(op, op.grad(sum), dx, w);

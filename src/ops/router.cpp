@@ -10,14 +10,8 @@ using Score = RouterRule::Score;
 
 // out = softmax(x); returns logsumexp(x). A NaN anywhere makes everything NaN.
 template <class A> A softmax_row(const A* x, A* out, int64_t n) {
-  A high = x[0], sum = 0;
-#pragma omp simd reduction(max : high)
-  for (int64_t i = 0; i < n; ++i) high = x[i] > high ? x[i] : high;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = cpu::fast_exp(x[i] - high);
-    sum += out[i];
-  }
+  A high = x[0];
+  const A sum = cpu::exp_row(x, out, n, high);
   const A inverse = A(1) / sum;
   for (int64_t i = 0; i < n; ++i) out[i] *= inverse;
   return high + std::log(sum);

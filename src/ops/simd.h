@@ -62,6 +62,18 @@ template <class A> A dot(const A* a, const A* b, int64_t n) {
   return sum;
 }
 
+// A stable softmax, not yet divided: high becomes the maximum of itself and x, y = exp(x - high).
+// Returns the sum; y may be x.
+template <class A> A exp_row(const A* x, A* y, int64_t n, A& high) {
+  A top = high, sum = 0;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += y[i] = fast_exp(x[i] - top);
+  high = top;
+  return sum;
+}
+
 // f(row) for every row, over the threads if the rows [rows, cols] are worth waking them for.
 template <class F> void parallel_rows(int64_t rows, int64_t cols, F&& f) {
 #pragma omp parallel for if (rows * cols > 16384)
