@@ -77,9 +77,8 @@ AddNorm add_rms_norm(Tape& tape, const Tensor& x, const Tensor& delta, Param& w,
   AddNorm out{op.output("y", x.shape(), x.dtype()),
               delta ? op.output("sum", x.shape(), x.dtype()) : x};
   Tensor rstd = op.workspace("rstd", {x.dim(0)}, master_dtype(x.dtype()));
-  op.run({.bytes = (delta ? 4.0 : 2.0) * x.nbytes()}, [&] {
-    by_float(x.dtype(), [&](auto z) { forward<decltype(z)>(x, delta, w.value, out, rstd, eps); });
-  });
+  cpu::run(op, {.bytes = (delta ? 4.0 : 2.0) * x.nbytes()}, x.dtype(),
+           [&](auto z) { forward<decltype(z)>(x, delta, w.value, out, rstd, eps); });
   op.backward([x = x.identity(), delta = delta.identity(), has_delta = bool(delta),
                y = out.y.identity(), sum = out.sum, rstd, &w](Op& op) {
     const Tensor dy = op.grad(y), dsum = has_delta ? op.grad(sum) : Tensor();
