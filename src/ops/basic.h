@@ -3,8 +3,6 @@
 // tensor of higher rank is seen as [dim(0), rest] where a row matters. Broadcasting: b may have the
 // shape of a, one row ([cols] or [1, cols]), one column ([rows, 1]), or one element ([1]).
 
-#include <span>
-
 #include "core/op.h"
 
 namespace pith {

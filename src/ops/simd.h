@@ -3,11 +3,6 @@
 
 #include <omp.h>
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
-#include <numeric>
-
 #include "core/op.h"
 
 namespace pith::cpu {
