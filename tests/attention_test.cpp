@@ -162,25 +162,31 @@ TEST(Attention, a_query_that_sees_nothing_gets_zeros) {
 }
 
 TEST(Attention, same_bits_for_any_number_of_threads) {
-  const AttentionShape s{.batch = 2, .sequence = 150, .heads = 8, .kv_heads = 2, .head_dim = 24};
   const int kept = omp_get_max_threads();
-  std::vector<Vec> results;
-  for (int threads : {1, 2, 3}) {
-    omp_set_num_threads(threads);
-    Context context;
-    Tape tape(context);
-    const Tensor x = random_qkv(s, DType::f32);
-    tape.leaf(x);
-    const Tensor y = attention(tape, x, s, 0.2f);
-    tape.set_grad(y, y.clone("g"));
-    tape.backward();
-    results.push_back(y.to_vector<double>());
-    const Vec d = tape.take_grad(x).to_vector<double>();
-    results.back().insert(results.back().end(), d.begin(), d.end());
-  }
+  const AttentionShape several{
+      .batch = 2, .sequence = 150, .heads = 8, .kv_heads = 2, .head_dim = 24};
+  const AttentionShape one{.batch = 1, .sequence = 90, .heads = 1, .kv_heads = 1, .head_dim = 128};
+  for (const AttentionShape& s : {several, one})
+    for (DType dtype : {DType::f64, DType::f32}) {
+      std::vector<Vec> results;
+      for (int threads : {1, 2, 3}) {
+        omp_set_num_threads(threads);
+        Context context;
+        context.dtype = dtype;
+        Tape tape(context);
+        const Tensor x = random_qkv(s, dtype);
+        tape.leaf(x);
+        const Tensor y = attention(tape, x, s, 0.2f);
+        tape.set_grad(y, y.clone("g"));
+        tape.backward();
+        results.push_back(y.to_vector<double>());
+        const Vec d = tape.take_grad(x).to_vector<double>();
+        results.back().insert(results.back().end(), d.begin(), d.end());
+      }
+      EXPECT_EQ(results[0], results[1]) << describe(s) << " " << name_of(dtype);
+      EXPECT_EQ(results[0], results[2]) << describe(s) << " " << name_of(dtype);
+    }
   omp_set_num_threads(kept);
-  EXPECT_EQ(results[0], results[1]);
-  EXPECT_EQ(results[0], results[2]);
 }
 
 TEST(Attention, adds_to_a_gradient_that_is_there) {

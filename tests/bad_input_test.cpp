@@ -223,6 +223,18 @@ TEST(BadInput, OneClearLineExitTwoNothingWritten) {
   }
 }
 
+TEST(BadInput, ADumpThatCannotBeReplacedLeavesNothing) {
+  const TempDir dir;
+  fs::create_directory(dir / "out");
+  const Outcome o = run_pith("eval --model " + golden() + " --golden " + golden() +
+                             "/golden.safetensors --dump " + dir / "out");
+  EXPECT_EQ(o.code, 2) << o.out << o.err;
+  EXPECT_EQ(o.err.find("error: --dump " + dir / "out" + ": "), 0u) << o.err;
+  EXPECT_EQ(std::count(o.err.begin(), o.err.end(), '\n'), 1) << o.err;
+  EXPECT_EQ(std::distance(fs::directory_iterator(dir.path), {}), 1);
+  EXPECT_TRUE(fs::is_empty(dir / "out"));
+}
+
 // A file system of one megabyte: the checkpoint does not fit, the one before stays.
 TEST(BadInput, AFullDiskLeavesTheLastCheckpoint) {
   const TinyRun run;

@@ -63,6 +63,7 @@ class Toy : public Model {
                 .init = Init::zeros,
                 .exported = o.bias_exported});
     params.allocate(dtype, Device::cpu, true);
+    size.vocabulary = 1 << 20;
   }
   Carry embed(Tape&, MicroBatch&) override { return {}; }
   Stage1 stage1_attention_router(Tape&, int64_t, const Carry&, MicroBatch&) override { return {}; }
@@ -139,6 +140,15 @@ RunConfig config_for(const TempDir& dir, const std::string& dtype = "bf16",
   run.optimizer.name = rule;
   run.train.global_batch_size = 8;
   return run;
+}
+
+// `pith verify` of two checkpoints.
+bool same(const std::string& a, const std::string& b, double tolerance) {
+  const Outcome o =
+      run_pith(fmt::format("verify --checkpoint {} --against {} --tolerance {}", a, b, tolerance));
+  EXPECT_TRUE(o.code == 0 || o.code == 1) << o.out << o.err;
+  EXPECT_TRUE(o.out.ends_with(o.code == 0 ? "\nPASS\n" : "\nFAIL\n")) << o.out;
+  return o.code == 0;
 }
 
 template <class F> std::string input_error_of(F&& f) {
@@ -273,6 +283,12 @@ TEST(Checkpoint, CopiesTheTokenizer) {
   Trainer(run).save(2);
   EXPECT_EQ(read_file(dir / "step-00000002/tokenizer_config.json"), "{\"eos_token\": \"x\"}");
   EXPECT_EQ(read_file(dir / "step-00000002/merges.txt"), "a b");
+
+  Toy small(DType::f32);
+  small.size.vocabulary = 10;
+  Context context;
+  Optimizer optimizer(small.params, run, context);
+  EXPECT_REFUSED(Checkpoints(run, small, optimizer), "tokens, the model's vocab_size is 10");
 
   run.tokenizer = tokenizer / "absent.json";
   EXPECT_REFUSED(Trainer{run}, "absent.json: No such file");
@@ -417,7 +433,7 @@ TEST(Checkpoint, RefusesABiasThatCannotBeExported) {
   other.params.initialize(1, 0.02);
   c.save(1);
   EXPECT_TRUE(Safetensors(dir / "step-00000001").has(kBias));
-  EXPECT_TRUE(compare_checkpoints(dir / "step-00000001", dir / "latest", 0));
+  EXPECT_TRUE(same(dir / "step-00000001", dir / "latest", 0));
 }
 
 TEST(Checkpoint, LatestFallsBackToTheNewestCompleteOne) {
@@ -490,34 +506,57 @@ TEST(Checkpoint, CompareSeesOneBit) {
   const std::string a = dir / "step-00000001", b = dir / "b";
   const std::string trainer = "/trainer/trainer.safetensors", model = "/model.safetensors";
   copy_all(a, b);
-  EXPECT_TRUE(compare_checkpoints(a, b, 0));
+  EXPECT_TRUE(same(a, b, 0));
   for (const std::string name :
        {"m.model.norm.weight", "v.model.layers.0.mlp.experts.1.up_proj.weight",
         "state.model.layers.0.mlp.gate.e_score_correction_bias"}) {
     const int64_t at = offset_of(b + trainer, name);
     flip_bit(b + trainer, at);
-    EXPECT_FALSE(compare_checkpoints(a, b, 0)) << name;
-    EXPECT_TRUE(compare_checkpoints(a, b, 1e-6)) << name;
+    EXPECT_FALSE(same(a, b, 0)) << name;
+    EXPECT_TRUE(same(a, b, 1e-6)) << name;
     flip_bit(b + trainer, at);
-    EXPECT_TRUE(compare_checkpoints(a, b, 0)) << name;
+    EXPECT_TRUE(same(a, b, 0)) << name;
   }
   const int64_t weight = offset_of(b + model, "model.norm.weight");
   flip_bit(b + model, weight);
-  EXPECT_FALSE(compare_checkpoints(a, b, 1e-6));
-  EXPECT_FALSE(compare_checkpoints(b, a, 1e6));
+  EXPECT_FALSE(same(a, b, 1e-6));
+  EXPECT_FALSE(same(b, a, 1e6));
   flip_bit(b + model, weight);
-  EXPECT_TRUE(compare_checkpoints(b, a, 0));
+  EXPECT_TRUE(same(b, a, 0));
 
   Trainer(run, {.only_stacked = true}).save(7);
-  EXPECT_FALSE(compare_checkpoints(a, dir / "step-00000007", 1e6));
+  EXPECT_FALSE(same(a, dir / "step-00000007", 1e6));
   Trainer r(run);
   r.save(7);
-  EXPECT_FALSE(compare_checkpoints(a, dir / "step-00000007", 1e-3));
+  EXPECT_FALSE(same(a, dir / "step-00000007", 1e-3));
   r.optimizer.states()[0].tensor.data<float>()[0] = NAN;
   r.checkpoints->save(8);
-  EXPECT_FALSE(compare_checkpoints(dir / "step-00000007", dir / "step-00000008", 1e6));
-  EXPECT_TRUE(compare_checkpoints(dir / "step-00000008", dir / "step-00000008", 0));
-  EXPECT_REFUSED(compare_checkpoints(a, dir.path, 0), dir.path);
+  EXPECT_FALSE(same(dir / "step-00000007", dir / "step-00000008", 1e6));
+  EXPECT_TRUE(same(dir / "step-00000008", dir / "step-00000008", 0));
+  const Outcome o = run_pith("verify --checkpoint " + a + " --against " + dir.path);
+  EXPECT_EQ(o.code, 2) << o.out;
+  EXPECT_NE(o.err.find(dir.path), o.err.npos) << o.err;
+
+  // A weight that was not exported, in one of them and in both.
+  const auto export_without = [&](const std::string& left_out) {
+    const Safetensors file(a);
+    SafetensorsWriter writer(b, "model");
+    for (const auto& [name, entry] : file.entries())
+      if (name != left_out) writer.add(name, entry.dtype, entry.shape);
+    writer.create();
+    for (const auto& [name, entry] : file.entries())
+      if (name != left_out) writer.write(name, 0, file.load(name));
+    writer.close();
+  };
+  export_without("");
+  EXPECT_TRUE(same(a, b, 0));
+  export_without("model.norm.weight");
+  EXPECT_FALSE(same(a, b, 1e6));
+  EXPECT_FALSE(same(b, a, 1e6));
+  const Outcome missing =
+      run_pith(fmt::format("verify --checkpoint {0} --against {0} --tolerance 1e6", b));
+  EXPECT_EQ(missing.code, 1);
+  EXPECT_NE(missing.out.find("model.norm.weight"), std::string::npos) << missing.out;
 }
 
 TEST(Checkpoint, BackgroundSaveIsASnapshot) {
@@ -631,7 +670,7 @@ TEST(Checkpoint, SurvivesKillAtAnyMoment) {
     const int64_t step = r.checkpoints->load(latest);
     ASSERT_GE(step, last);
     ASSERT_TRUE(r.holds(step)) << step;
-    ASSERT_TRUE(compare_checkpoints(latest, latest, 0));
+    ASSERT_TRUE(same(latest, latest, 0));
     last = step;
   }
   EXPECT_GT(last, 1);

@@ -35,10 +35,14 @@ StepMetrics example(int64_t step) {
 }
 
 // Logs the steps [first, last] of a run that has done first - 1, and gives what it printed.
-std::string log_steps(const std::string& out, int64_t first, int64_t last) {
+std::string log_steps(const std::string& out, int64_t first, int64_t last, int64_t stop_after = 0) {
   testing::internal::CaptureStdout();
   {
-    Metrics metrics(out, first - 1, 4096);
+    RunConfig run;
+    run.out = out;
+    run.train.steps = 4096;
+    run.train.stop_after = stop_after;
+    Metrics metrics(run, first - 1);
     for (int64_t s = first; s <= last; ++s) metrics.log(example(s));
   }
   return testing::internal::GetCapturedStdout();
@@ -135,8 +139,19 @@ TEST(Metrics, WritesAllThreeAndContinuesWhereTheCheckpointIs) {
   EXPECT_EQ(::stat((dir / "tensorboard").c_str(), &info), 0);
 }
 
+TEST(Metrics, EtaIsThatOfTheLastUpdateOfThisRun) {
+  TempDir dir;
+  const std::string whole = log_steps(dir.path, 1, 1), part = log_steps(dir.path, 1, 1, 1);
+  EXPECT_NE(part.find("step 1/4096  "), part.npos) << part;
+  EXPECT_NE(part.find("eta 0s"), part.npos) << part;
+  EXPECT_NE(log_steps(dir.path, 4096, 4096, 5000).find("eta 0s"), part.npos);
+  EXPECT_EQ(whole.find("step 1/4096  "), 0u) << whole;
+}
+
 TEST(Metrics, RefusesADirectoryThatIsNotThere) {
-  EXPECT_THROW(Metrics("/nonexistent/run", 0, 10), InputError);
+  RunConfig run;
+  run.out = "/nonexistent/run";
+  EXPECT_THROW(Metrics(run, 0), InputError);
 }
 
 TEST(RunLock, IsHeldByOneProcessAndFreedWhenItEnds) {

@@ -68,7 +68,7 @@ TEST(Optimizer, NormCountsEveryParameterOnce) {
   Fixture f;
   Optimizer optimizer(f.params, f.run, f.context);
   const Optimizer::Norm norm = optimizer.grad_norm(10);
-  EXPECT_TRUE(norm.finite);
+  EXPECT_TRUE(norm.finite());
   EXPECT_NEAR(norm.value, norm_of(f.params) / 10, 1e-12 * norm.value);
 
   // What no gradient reached in this step counts as zero, whatever its memory holds.
@@ -89,7 +89,7 @@ TEST(Optimizer, NamesTheFirstBadParameterAndDoesNothing) {
     f.experts->grad.data<double>()[2 * 12 + 5] = bad;
     f.router->grad.data<double>()[0] = bad;
     const Optimizer::Norm norm = optimizer.grad_norm(10);
-    EXPECT_FALSE(norm.finite);
+    EXPECT_FALSE(norm.finite());
     EXPECT_FALSE(std::isfinite(norm.value));
     EXPECT_EQ(norm.first_bad, "experts (1.gate)");
     const std::vector<double> before = f.masters();
@@ -212,7 +212,7 @@ TEST(Optimizer, RunsOnMeta) {
     for (const auto& s : optimizer.states()) bytes += s.tensor.nbytes();
     EXPECT_EQ(memory::live(Device::meta) - before, bytes);
     const Optimizer::Norm norm = optimizer.grad_norm(4);
-    EXPECT_TRUE(norm.finite);
+    EXPECT_TRUE(norm.finite());
     EXPECT_EQ(norm.value, 0);
     optimizer.update(0.1, 1, norm, 4);
   }

@@ -46,23 +46,13 @@ Row softmax_of(const Row& x) {
 
 // The definition of the rule, for one token.
 Naive naive_token(const Row& logits, const RouterRule& rule, const Row& bias, const Ids& replay) {
-  const int64_t experts = int64_t(logits.size()), size = experts / rule.groups;
+  const int64_t experts = int64_t(logits.size());
   Naive out;
   out.scores = softmax_of(logits);
   if (rule.score == Score::sigmoid)
     for (int64_t e = 0; e < experts; ++e) out.scores[e] = 1 / (1 + std::exp(-logits[e]));
   Row choice = out.scores;
   for (size_t e = 0; e < bias.size(); ++e) choice[e] += bias[e];
-  Row group_scores;
-  for (int64_t g = 0; g < rule.groups; ++g) {
-    Row group(choice.begin() + g * size, choice.begin() + (g + 1) * size);
-    std::sort(group.rbegin(), group.rend());
-    group_scores.push_back(
-        std::accumulate(group.begin(), group.begin() + rule.group_score_top, 0.0));
-  }
-  const Ids kept = largest(group_scores, rule.groups_kept);
-  for (int64_t e = 0; e < experts; ++e)
-    if (std::find(kept.begin(), kept.end(), e / size) == kept.end()) choice[e] = -1e300;
   out.ids = replay.empty() ? largest(choice, rule.top_k) : replay;
   Row chosen;
   for (int32_t id : out.ids) chosen.push_back(id < 0 ? 0 : out.scores[id]);
@@ -145,30 +135,11 @@ std::vector<Case> cases() {
        8,
        {.score = Score::softmax_after_top_k, .top_k = 3},
        bias8},
-      {"groups by their best (DeepSeek-V2)", 9, 12, {.top_k = 3, .groups = 4, .groups_kept = 2}},
-      {"groups by their two best (DeepSeek-V3)",
+      {"sigmoid, renormalized, scaled, bias (DeepSeek-V3)",
        9,
        12,
-       {.score = Score::sigmoid,
-        .top_k = 4,
-        .renormalize = true,
-        .scaling = 2.5,
-        .groups = 4,
-        .groups_kept = 2,
-        .group_score_top = 2},
+       {.score = Score::sigmoid, .top_k = 4, .renormalize = true, .scaling = 2.5},
        {0.1, -0.1, 0.2, 0.4, -0.3, 0, 0.15, 0.05, -0.2, 0.3, -0.4, 0.25}},
-      {"groups, chosen logits",
-       9,
-       12,
-       {.score = Score::softmax_after_top_k,
-        .top_k = 6,
-        .groups = 3,
-        .groups_kept = 2,
-        .group_score_top = 2}},
-      {"every group, every expert",
-       5,
-       6,
-       {.top_k = 6, .groups = 3, .groups_kept = 3, .group_score_top = 2}},
       {"K = E", 4, 5, {.top_k = 5}},
       {"K = E, renormalized", 4, 5, {.score = Score::sigmoid, .top_k = 5, .renormalize = true}},
       {"E = 1", 4, 1, {.top_k = 1, .renormalize = true}},
@@ -229,15 +200,7 @@ TEST(Router, TiesGoToTheLowerId) {
               (Ids{0, 1, 2}));
     EXPECT_EQ(route_row({1, 2, 1, 2, 1}, {.score = score, .top_k = 3}).ids.to_vector<int32_t>(),
               (Ids{1, 3, 0}));
-    // Groups tie too: the first two stay.
-    EXPECT_EQ(
-        route_row({1, 1, 1, 1, 1, 1}, {.score = score, .top_k = 3, .groups = 3, .groups_kept = 2})
-            .ids.to_vector<int32_t>(),
-        (Ids{0, 1, 2}));
   }
-  // Of kept groups the better one does not come first.
-  const RouterRule both{.top_k = 3, .groups = 2, .groups_kept = 2, .group_score_top = 2};
-  EXPECT_EQ(route_row({1, 0, 1, 1}, both).ids.to_vector<int32_t>(), (Ids{0, 2, 3}));
   // A bias that makes a tie, and one that breaks it.
   EXPECT_EQ(route_row({0, 0, 0}, {.score = Score::sigmoid, .top_k = 1}, {0, 0, 0.25})
                 .ids.to_vector<int32_t>(),
@@ -253,18 +216,17 @@ TEST(Router, GptOssTellsLogitsApartThatSoftmaxRoundsTogether) {
 }
 
 TEST(Router, NanReachesTheWeights) {
-  for (Score score : {Score::softmax, Score::sigmoid, Score::softmax_after_top_k})
-    for (int64_t groups : {1, 2}) {
-      const RouterRule rule{.score = score, .top_k = 2, .groups = groups, .groups_kept = 1};
-      const Routing all = route_row({kNan, kNan, kNan, kNan}, rule);
-      EXPECT_EQ(all.ids.to_vector<int32_t>(), (Ids{0, 1}));
-      for (float w : all.weights.to_vector<float>()) EXPECT_TRUE(std::isnan(w));
-      const Routing one = route_row({9, 1, kNan, 2}, rule);
-      bool seen = false;
-      for (float w : one.weights.to_vector<float>()) seen = seen || std::isnan(w);
-      EXPECT_TRUE(seen) << "score " << int(score) << ", " << groups << " groups";
-      for (int32_t id : one.ids.to_vector<int32_t>()) EXPECT_TRUE(id >= 0 && id < 4);
-    }
+  for (Score score : {Score::softmax, Score::sigmoid, Score::softmax_after_top_k}) {
+    const RouterRule rule{.score = score, .top_k = 2};
+    const Routing all = route_row({kNan, kNan, kNan, kNan}, rule);
+    EXPECT_EQ(all.ids.to_vector<int32_t>(), (Ids{0, 1}));
+    for (float w : all.weights.to_vector<float>()) EXPECT_TRUE(std::isnan(w));
+    const Routing one = route_row({9, 1, kNan, 2}, rule);
+    bool seen = false;
+    for (float w : one.weights.to_vector<float>()) seen = seen || std::isnan(w);
+    EXPECT_TRUE(seen) << "score " << int(score);
+    for (int32_t id : one.ids.to_vector<int32_t>()) EXPECT_TRUE(id >= 0 && id < 4);
+  }
   const double inf = HUGE_VAL;
   EXPECT_EQ(route_row({-inf, 0, -inf}, {.top_k = 2}).ids.to_vector<int32_t>(), (Ids{1, 0}));
   EXPECT_EQ(route_row({-inf, -inf, -inf}, {.top_k = 2}).ids.to_vector<int32_t>(), (Ids{0, 1}));
@@ -309,12 +271,6 @@ TEST(Router, RejectsRulesThatCannotHold) {
   };
   expect(message({.top_k = 9}), "top_k is 9, 8 experts are eligible");
   expect(message({.top_k = 0}), "top_k is 0");
-  expect(message({.top_k = 3, .groups = 4, .groups_kept = 1}),
-         "top_k is 3, 2 experts are eligible");
-  expect(message({.top_k = 1, .groups = 3}), "3 groups do not divide 8 experts");
-  expect(message({.top_k = 1, .groups = 2, .groups_kept = 3}), "3 of 2 groups kept");
-  expect(message({.top_k = 1, .groups = 4, .groups_kept = 4, .group_score_top = 3}),
-         "a group of 2 experts");
   expect(message({.top_k = 1, .scaling = 0}), "scaling is 0");
   expect(message({.top_k = 1}, {0, 0}), "one fp32 per expert is needed");
   expect(message({.top_k = 1}, {}, {1, 2}), "int32[1, 1] is needed");
@@ -440,7 +396,7 @@ TEST(Router, ResultsDoNotDependOnThreads) {
     Context context;
     Tape tape(context);
     tape.leaf(logits);
-    const RouterRule rule{.top_k = 4, .renormalize = true, .groups = 4, .groups_kept = 2};
+    const RouterRule rule{.top_k = 4, .renormalize = true};
     const Routing r = route_top_k(tape, logits, rule);
     const Tensor loss = balance_loss(tape, r.scores, expert_fractions(tape, r.ids, 24, 4), 4),
                  z = z_loss(tape, logits);

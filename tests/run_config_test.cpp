@@ -40,8 +40,8 @@ TEST(RunConfig, DefaultsAreThoseOfTheContract) {
   EXPECT_EQ(c.dtype, "bf16");
   EXPECT_TRUE(c.resume);
   ASSERT_EQ(c.data.train.size(), 1u);
-  EXPECT_EQ(c.data.train[0].prefix, "corpus/a");
-  EXPECT_EQ(c.data.train[0].weight, 1.0);
+  EXPECT_EQ(c.data.train[0].first, "corpus/a");
+  EXPECT_EQ(c.data.train[0].second, 1.0);
   EXPECT_EQ(c.data.sequence_length, 2048);
   EXPECT_EQ(c.train.steps, 1000);
   EXPECT_EQ(c.train.global_batch_size, 64);
@@ -63,10 +63,10 @@ TEST(RunConfig, ReadsEveryFormOfAValue) {
       "optimizer = {betas = [0.5, 0], lr = 1}\n"
       "[train]\nsteps = 20.0\nmax_minutes = 0.5\n[profile]\nsteps = [3, 4]\n");
   ASSERT_EQ(c.data.train.size(), 3u);
-  EXPECT_EQ(c.data.train[0].weight, 0.7);
-  EXPECT_EQ(c.data.train[1].prefix, "corpus/b");
-  EXPECT_EQ(c.data.train[1].weight, 1.0);
-  EXPECT_EQ(c.data.train[2].weight, 2.0);
+  EXPECT_EQ(c.data.train[0].second, 0.7);
+  EXPECT_EQ(c.data.train[1].first, "corpus/b");
+  EXPECT_EQ(c.data.train[1].second, 1.0);
+  EXPECT_EQ(c.data.train[2].second, 2.0);
   EXPECT_EQ(c.data.validation, (std::vector<std::string>{"v", "w"}));
   EXPECT_EQ(c.optimizer.betas[0], 0.5);
   EXPECT_EQ(c.optimizer.betas[1], 0.0);
@@ -87,8 +87,8 @@ TEST(RunConfig, OverridesWinInOrder) {
   EXPECT_EQ(c.train.seed, 6);
   EXPECT_EQ(c.device, "cpu");
   EXPECT_EQ(c.out, "runs/other");
-  EXPECT_EQ(c.data.train.at(0).prefix, "x");
-  EXPECT_EQ(c.data.train.at(0).weight, 3.0);
+  EXPECT_EQ(c.data.train.at(0).first, "x");
+  EXPECT_EQ(c.data.train.at(0).second, 3.0);
   EXPECT_EQ(c.tokenizer, "");
   EXPECT_EQ(c.optimizer.lr, 1e-2);
   EXPECT_EQ(c.dtype, "fp32");
@@ -114,7 +114,7 @@ TEST(RunConfig, PrintsWhatItReadsBack) {
   EXPECT_EQ(back.optimizer.lr, c.optimizer.lr);
   EXPECT_EQ(back.optimizer.eps, 1e-20);
   EXPECT_EQ(back.out, "odd \"name\" \\ \xc3\xa9\t#=");
-  EXPECT_EQ(back.data.train.at(0).weight, 0.3);
+  EXPECT_EQ(back.data.train.at(0).second, 0.3);
   EXPECT_EQ(back.profile.steps, c.profile.steps);
   EXPECT_FALSE(back.resume);
   EXPECT_EQ(back.balance.loss, "sequence");

@@ -88,6 +88,43 @@ TEST(Train, LearnsAndEvaluates) {
   EXPECT_EQ(e.out.rfind("loss ", 0), 0u) << e.out;
 }
 
+// What went to the screen is in the log too: the plan, step lines, the end, errors.
+TEST(Train, KeepsALog) {
+  const TinyRun run;
+  const std::string log = run.path("x") + "/logs/rank-0.log";
+  const Outcome first = run.train("x", "eval.every=2 train.stop_after=2 train.steps=4");
+  ASSERT_EQ(first.code, 0) << first.err;
+  const std::string before = read_file(log);
+  EXPECT_EQ(before.size(), first.out.size() + first.err.size());
+  size_t at = 0;
+  for (const char* text : {"memory at the peak", "step 0/4  validation_loss ", "step 1/4  loss ",
+                           "step 2/4  loss ", "step 2/4  validation_loss", "done after step 2"}) {
+    EXPECT_NE(at = before.find(text, at), before.npos) << text << "\n" << before;
+    EXPECT_NE((first.out + first.err).find(text), before.npos) << text;
+  }
+  const Outcome second = run.train("x", "eval.every=2 train.steps=4 train.seed=2");
+  ASSERT_EQ(second.code, 0) << second.err;
+  EXPECT_EQ(read_file(log).substr(0, before.size()), before);
+  const std::string after = read_file(log).substr(before.size());
+  EXPECT_EQ(after.size(), second.out.size() + second.err.size());
+  EXPECT_NE(after.find("warning: "), after.npos) << after;
+  EXPECT_NE(after.find("continuing from "), after.npos) << after;
+
+  const Outcome failed = run.train("y", "train.steps=1 data.train=/nowhere/c");
+  EXPECT_EQ(failed.code, 2);
+  EXPECT_EQ(read_file(run.path("y") + "/logs/rank-0.log"), failed.err);
+  EXPECT_EQ(run.train("y", "train.steps=1 resume=false").code, 0);
+}
+
+TEST(Train, WritesATimeline) {
+  const TinyRun run;
+  const Outcome o = run.train("x", "train.steps=3 profile.steps=[2] eval.every=1");
+  ASSERT_EQ(o.code, 0) << o.err;
+  const std::string path = run.path("x") + "/profile/step-00000002.json";
+  EXPECT_NE(parse_json(read_file(path), path).json().find("qwen3_moe.cpp:"), std::string::npos);
+  EXPECT_FALSE(std::filesystem::exists(run.path("x") + "/profile/step-00000003.json"));
+}
+
 TEST(Train, ResumingRepeatsTheUninterruptedRun) {
   const TinyRun run;
   for (const char* dtype : {"fp32", "bf16", "fp64"}) {
@@ -154,10 +191,10 @@ TEST(Train, DeferredWeightGradientsChangeNothing) {
 TEST(Train, AReplayedTraceRepeatsTheRun) {
   const TinyRun run;
   ASSERT_EQ(run.train("traced", "train.steps=4 trace.routing=" + run.dir / "trace").code, 0);
-  const std::vector<NpyArray> arrays = read_npz(run.dir / "trace" + "/step-00000001.npz");
+  const Arrays arrays = read_npz(run.dir / "trace" + "/step-00000001.npz");
   ASSERT_EQ(arrays.size(), 2u);
-  EXPECT_EQ(arrays[0].name, "expert_ids");
-  EXPECT_EQ(arrays[0].shape, (std::vector<int64_t>{2, 8, 24, 2}));
+  EXPECT_EQ(arrays.at("expert_ids").str(), "int32[2, 8, 24, 2] cpu");
+  EXPECT_EQ(arrays.at("gate_weights").str(), "fp32[2, 8, 24, 2] cpu");
   const Outcome o = run.train("replayed", "train.steps=4 trace.replay=" + run.dir / "trace");
   ASSERT_EQ(o.code, 0) << o.err;
   EXPECT_EQ(run.metrics("traced"), run.metrics("replayed"));

@@ -7,6 +7,7 @@ packages=(
   libdnnl-dev libopenblas-openmp-dev                    # matrix products: fp32 and bf16, fp64
   nlohmann-json3-dev libtomlplusplus-dev libcli11-dev libfmt-dev
   libonig-dev libutf8proc-dev libzstd-dev zlib1g-dev   # tokenizer, compressed corpora
+  libarchive-dev                                        # .npz
   libgtest-dev libbenchmark-dev
 )
 

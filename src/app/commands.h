@@ -2,50 +2,64 @@
 // The subcommands of `pith`, one function each. They return the exit code (0 done or PASS, 1 FAIL)
 // and throw InputError (2) or Error (1).
 
-#include <memory>
-#include <string>
-#include <vector>
-
 #include "engine/pipeline.h"
-#include "models/model.h"
 
 namespace pith {
 
-// A model read from a Hugging Face directory, ready to run.
-struct LoadedModel {
+// Which model runs, and how: options that several subcommands share.
+struct ModelArguments {
+  std::string model, dtype = "fp32", device = "cpu";
+};
+
+// A model ready to run. Its parts refer to one another, so it stays where it is made.
+struct Session {
+  // With parameters that are allocated and not initialized; `training` allocates gradients and
+  // masters.
+  Session(const Value& config, DType dtype, int64_t max_positions, int64_t micro_batch_size,
+          bool training);
+  // With the weights of a Hugging Face directory. Any device but cpu is refused.
+  Session(const ModelArguments& arguments, int64_t max_positions, int64_t micro_batch_size,
+          bool training);
+  Session(const Session&) = delete;
+
   Context context;
   std::unique_ptr<Model> model;
-  std::unique_ptr<Pipeline> pipeline;
-  int64_t max_positions = 0;
+  Pipeline pipeline;
 };
-// `training` allocates gradients and masters. `device` is cpu; anything else is refused.
-std::unique_ptr<LoadedModel> load_model(const std::string& directory, const std::string& dtype,
-                                        const std::string& device, int64_t max_positions,
-                                        int64_t micro_batch_size, bool training);
 
 // `rows` sequences, row after row; labels below 0 are ignored. Positions count from 0 in each.
 Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& labels,
                int64_t rows);
 
-// input_ids and labels (B, S) int64 of a golden file as one batch on the cpu.
-Batch golden_batch(const class Safetensors& golden, int64_t vocabulary);
+// input_ids and labels (B, S) int64 of a golden file as one batch on the cpu, with ids of `model`.
+Batch golden_batch(const class Safetensors& golden, const std::string& model);
 
-struct EvalOptions {
-  std::string model, data, choices, golden, dump, dtype = "fp32", device = "cpu";
+// One comparison; an error that is not a number is too large.
+struct Row {
+  std::string name;
+  double error, allowed;
+  bool ok() const { return error <= allowed; }
+};
+// What must be the same to the last bit.
+inline Row exact(const std::string& name, bool same) { return {name, same ? 0.0 : HUGE_VAL, 0}; }
+// Prints the worst rows and, on a line of its own, PASS or FAIL; gives the exit code.
+int report(std::vector<Row> rows);
+
+struct EvalOptions : ModelArguments {
+  std::string data, choices, golden, dump;
   int64_t sequence_length = 0, batch_size = 8, max_batches = 0;
 };
 int run_eval(const EvalOptions& options);
 
-struct GenerateOptions {
-  std::string model, prompt, dtype = "fp32", device = "cpu";
-  int64_t tokens = 128;
+struct GenerateOptions : ModelArguments {
+  std::string prompt;
+  int64_t tokens = 128, seed = 0;
   double temperature = 0.8, top_p = 0.95;
-  int64_t seed = 0;
 };
 int run_generate(const GenerateOptions& options);
 
-struct VerifyOptions {
-  std::string model, golden, tokenizer, cases, checkpoint, against, dtype = "fp32", device = "cpu";
+struct VerifyOptions : ModelArguments {
+  std::string golden, tokenizer, cases, checkpoint, against;
   double tolerance = -1;  // negative: the default of the mode
 };
 int run_verify(const VerifyOptions& options);

@@ -1,12 +1,11 @@
+// pith doctor: what this machine has, and what is missing.
+
 #include <dlfcn.h>
 #include <omp.h>
 #include <sched.h>
 #include <unistd.h>
 
-#include <sstream>
-
 #include "app/commands.h"
-#include "core/file.h"
 
 extern "C" int openblas_get_parallel(void);  // declared in a header of OpenBLAS's own directory
 
@@ -30,44 +29,14 @@ bool has_flag(const std::string& flag) {
   return (field("/proc/cpuinfo", "flags") + " ").find(" " + flag + " ") != std::string::npos;
 }
 
-void print_machine() {
-  print_row("CPU", field("/proc/cpuinfo", "model name"));
-  for (const char* flag : {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
-    print_row(flag, has_flag(flag) ? "yes" : "no");
-  cpu_set_t allowed{};
-  ::sched_getaffinity(0, sizeof allowed, &allowed);
-  print_row("cores", fmt::format("{} of {} usable, {} OpenMP threads", CPU_COUNT(&allowed),
-                                 ::sysconf(_SC_NPROCESSORS_ONLN), omp_get_max_threads()));
-  print_row("memory", field("/proc/meminfo", "MemTotal") + ", available " +
-                          field("/proc/meminfo", "MemAvailable"));
-}
-
-// The loaded library whose file name begins with `name`; the full name has the version.
+// Where the loaded library is whose file name begins with `name`; the full name has the version.
 std::string loaded_from(const std::string& name) {
   const std::string maps = read_file("/proc/self/maps");
   const size_t at = maps.find("/" + name), begin = maps.rfind(' ', at) + 1;
   return at == maps.npos ? "" : maps.substr(begin, maps.find('\n', at) - begin);
 }
 
-// Where a shared library or a program is; "" if it is nowhere.
-std::string locate(const std::string& file) {
-  if (const size_t suffix = file.find(".so"); suffix != file.npos)
-    return ::dlopen(file.c_str(), RTLD_LAZY) ? loaded_from(file.substr(0, suffix + 3)) : "";
-  const char* path = std::getenv("PATH");
-  std::istringstream directories(path ? path : "/usr/bin");
-  for (std::string directory; std::getline(directories, directory, ':');) {
-    std::string program = directory + "/" + file;
-    if (::access(program.c_str(), X_OK) == 0) return program;
-  }
-  return "";
-}
-
-void print_found(const std::string& name, const std::string& file, const std::string& package) {
-  const std::string place = locate(file);
-  print_row(name, place.empty() ? "missing: apt-get install " + package : place);
-}
-
-// The libraries for GPUs and for several processes: name, file, package.
+// For GPUs and for several processes: name, file, package.
 constexpr const char* kOptional[][3] = {
     {"CUDA driver", "libcuda.so.1", "nvidia-driver"},
     {"CUDA run time", "libcudart.so.13", "cuda-cudart-13-0"},
@@ -82,10 +51,18 @@ constexpr const char* kOptional[][3] = {
 
 int run_doctor() {
   fmt::print("machine\n");
-  print_machine();
+  print_row("CPU", field("/proc/cpuinfo", "model name"));
+  for (const char* flag : {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
+    print_row(flag, has_flag(flag) ? "yes" : "no");
+  cpu_set_t allowed{};
+  ::sched_getaffinity(0, sizeof allowed, &allowed);
+  print_row("cores", fmt::format("{} of {} usable, {} OpenMP threads", CPU_COUNT(&allowed),
+                                 ::sysconf(_SC_NPROCESSORS_ONLN), omp_get_max_threads()));
+  print_row("memory", field("/proc/meminfo", "MemTotal") + ", available " +
+                          field("/proc/meminfo", "MemAvailable"));
   fmt::print("\nlibraries in use\n");
-  for (const char* name : {"libdnnl", "libopenblas", "libgomp", "libonig", "libutf8proc",
-                           "libzstd", "libz.", "libfmt"}) {
+  for (const char* name : {"libdnnl", "libopenblas", "libgomp", "libonig", "libutf8proc", "libzstd",
+                           "libz.", "libarchive", "libfmt"}) {
     const std::string place = loaded_from(name);
     print_row(name, place.empty() ? "linked statically" : place);
   }
@@ -94,17 +71,16 @@ int run_doctor() {
       "repository) and several processes\n");
   const bool gpu = ::access("/dev/nvidiactl", F_OK) == 0;
   print_row("NVIDIA GPU", gpu ? "with a driver" : "none with a driver");
-  for (const auto& [name, file, package] : kOptional) print_found(name, file, package);
-  fmt::print("\ntools for building\n");
-  for (const std::string tool : {"g++", "cmake", "ninja", "ccache", "mold", "git", "pkg-config"})
-    print_found(tool, tool, tool == "ninja" ? "ninja-build" : tool);
+  for (const auto& [name, file, package] : kOptional)
+    print_row(name, ::dlopen(file, RTLD_LAZY)
+                        ? loaded_from(file)
+                        : fmt::format("missing: apt-get install {}", package));
 
   // A library that is linked and missing keeps the program from starting; the rest is checked here.
-  constexpr int kOpenMp = 2;
   const char* verdict = "ready: the CPU path is complete";
   if (!has_flag("avx2") || !has_flag("fma"))
     verdict = "not ready: the CPU lacks AVX2 or FMA, for which this program is compiled";
-  else if (openblas_get_parallel() != kOpenMp)
+  else if (openblas_get_parallel() != 2)  // OpenMP
     verdict =
         "not ready: this OpenBLAS runs threads of its own beside OpenMP's: apt-get install "
         "libopenblas-openmp-dev";

@@ -1,9 +1,5 @@
 // pith generate: text from a model, with a KV cache.
 
-#include <algorithm>
-#include <cmath>
-#include <numeric>
-
 #include "app/commands.h"
 #include "core/rng.h"
 #include "data/tokenizer.h"
@@ -12,13 +8,12 @@ namespace pith {
 namespace {
 
 int32_t sample(const std::vector<float>& logits, const GenerateOptions& o, int64_t step) {
-  const auto best = std::max_element(logits.begin(), logits.end());
+  const auto best = std::ranges::max_element(logits);
   if (!std::isfinite(*best)) fail("the logits of token {} are not finite", step);
   if (o.temperature <= 0) return int32_t(best - logits.begin());
   std::vector<int32_t> order(logits.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  std::ranges::stable_sort(order, std::greater(), [&](int32_t id) { return logits[id]; });
   std::vector<double> p(order.size());
   double total = 0;
   for (size_t i = 0; i < order.size(); ++i)
@@ -40,14 +35,13 @@ int run_generate(const GenerateOptions& o) {
     fail_input("--tokens and --temperature must not be negative and --top-p must lie in (0, 1]");
   const Tokenizer tokenizer(o.model);
   std::vector<int32_t> ids = tokenizer.encode(o.prompt);
-  const int64_t prompt = int64_t(ids.size());
   if (ids.empty()) fail_input("--prompt is empty");
-  const int64_t capacity = prompt + o.tokens;
-  auto loaded = load_model(o.model, o.dtype, o.device, capacity, 1, false);
-  const Model::Size& size = loaded->model->size;
+  const int64_t capacity = int64_t(ids.size()) + o.tokens;
+  Session session(o, capacity, 1, false);
+  const Model::Size& size = session.model->size;
   std::vector<KvCache> caches(static_cast<size_t>(size.layers));
   for (KvCache& c : caches)
-    c.kv = Tensor({capacity, size.kv_width}, loaded->context.dtype, Device::cpu, "kv_cache");
+    c.kv = Tensor({capacity, size.kv_width}, session.context.dtype, Device::cpu, "kv_cache");
 
   int64_t seen = 0;
   while (int64_t(ids.size()) < capacity) {
@@ -59,10 +53,10 @@ int run_generate(const GenerateOptions& o) {
     mb.positions = Tensor::of<int32_t>({count}, positions);
     mb.sequence = count;
     mb.caches = &caches;
-    const Tensor logits = loaded->pipeline->logits(mb);
+    const Tensor logits = session.pipeline.logits(mb);
     seen = int64_t(ids.size());
     const int32_t next = sample(logits.row_range(count - 1, count).to_vector<float>(), o, seen);
-    if (tokenizer.eos_id() && next == *tokenizer.eos_id()) break;
+    if (next == tokenizer.eos_id()) break;
     ids.push_back(next);
   }
   fmt::print("{}\n", tokenizer.decode(ids));

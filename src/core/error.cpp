@@ -11,6 +11,8 @@
 
 namespace pith {
 
+static std::FILE* log_file = nullptr;  // of say()
+
 static void on_crash(int signal) {
   // The thread that prints, or its alarm, ends the process: the op's text allocates, and the crash
   // may hold the allocator's lock.
@@ -31,11 +33,24 @@ std::string Loc::str() const {
   return fmt::format("{}:{}", path.substr(path.rfind('/') + 1), line);  // npos + 1 is 0
 }
 
+void say(std::FILE* stream, const std::string& text) {
+  for (std::FILE* file : {stream, log_file}) {
+    if (file == nullptr) continue;
+    std::fputs(text.c_str(), file);
+    std::fflush(file);  // a run that is killed has said what it said
+  }
+}
+
+void open_log(const std::string& path) {
+  log_file = std::fopen(path.c_str(), "ae");
+  if (log_file == nullptr) fail_input("{}: {}", path, std::strerror(errno));
+}
+
 void warn_once(const std::string& text) {
   static std::mutex mutex;
   static std::set<std::string> printed;
   const std::lock_guard lock(mutex);
-  if (printed.insert(text).second) fmt::print(stderr, "warning: {}\n", text);
+  if (printed.insert(text).second) say(stderr, "warning: " + text + "\n");
 }
 
 void install_crash_handler() {

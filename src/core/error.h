@@ -55,6 +55,10 @@ template <class... A> [[noreturn]] void fail_input(fmt::format_string<A...> f, A
   throw InputError(fmt::format(f, std::forward<A>(a)...));
 }
 
+// Prints text for the user to `stream`, and appends it to the log of the run once that is open.
+void say(std::FILE* stream, const std::string& text);
+void open_log(const std::string& path);  // InputError when it cannot be opened
+
 // One line on stderr, "warning: ..."; the same text is printed once per process.
 void warn_once(const std::string& text);
 

@@ -2,12 +2,8 @@
 
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdio>
-#include <cstring>
 #include <filesystem>
-
-#include "core/error.h"
 
 namespace pith {
 namespace {

@@ -5,11 +5,6 @@
 // int64 offsets[sequences] in bytes, int64 document_indices[], the first sequence of every
 // document, from 0 to `sequences`.
 
-#include <cstdint>
-#include <span>
-#include <string>
-#include <vector>
-
 #include "core/file.h"
 
 namespace pith {

@@ -1,9 +1,5 @@
 #include "data/loader.h"
 
-#include <algorithm>
-#include <cmath>
-#include <numeric>
-
 #include "core/rng.h"
 
 namespace pith {

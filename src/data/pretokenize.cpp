@@ -2,10 +2,8 @@
 
 #include <oniguruma.h>
 
-#include <algorithm>
 #include <climits>
 
-#include "core/error.h"
 #include "data/unicode.h"
 
 namespace pith {
@@ -35,12 +33,11 @@ std::shared_ptr<regex_t> compile(const std::string& pattern, bool literal,
     onig_set_match_stack_limit_size(0);
     return true;
   }();
-  const std::string shape = stand_in(pattern);
   OnigErrorInfo info{};
   regex_t* regex = nullptr;
-  const int error =
-      onig_new(&regex, bytes(shape.data()), bytes(shape.data() + shape.size()), ONIG_OPTION_NONE,
-               ONIG_ENCODING_UTF8, literal ? ONIG_SYNTAX_ASIS : ONIG_SYNTAX_ONIGURUMA, &info);
+  const int error = onig_new(&regex, bytes(pattern.data()), bytes(pattern.data() + pattern.size()),
+                             ONIG_OPTION_NONE, ONIG_ENCODING_UTF8,
+                             literal ? ONIG_SYNTAX_ASIS : ONIG_SYNTAX_ONIGURUMA, &info);
   if (error != ONIG_NORMAL)
     fail_input("{}: {} in pattern {}", where, message(error, &info), printable(pattern, 400));
   return {regex, &onig_free};
@@ -105,24 +102,21 @@ void PreTokenizer::add(const Value& spec) {
 void PreTokenizer::split(std::string_view text, const Sink& piece) const {
   if (text.size() >= INT_MAX)  // Oniguruma counts in int
     fail_input("a text of {} bytes is too long to tokenize", text.size());
-  const std::string shape = stand_in(text);
-  if (!text.empty()) run(0, {text, shape}, piece);
+  if (!text.empty()) run(0, text, piece);
 }
 
-void PreTokenizer::run(size_t step, Piece piece, const Sink& sink) const {
-  if (step == steps_.size()) return sink(piece.text);
+void PreTokenizer::run(size_t step, std::string_view piece, const Sink& sink) const {
+  if (step == steps_.size()) return sink(piece);
   if (steps_[step].regex) return run_split(step, piece, sink);
-  if (piece.text[0] == ' ') return run(step + 1, piece, sink);
-  const std::string text = fmt::format(" {}", piece.text), shape = fmt::format(" {}", piece.shape);
-  run(step + 1, {text, shape}, sink);
+  run(step + 1, piece[0] == ' ' ? piece : fmt::format(" {}", piece), sink);
 }
 
-void PreTokenizer::run_split(size_t step, Piece piece, const Sink& sink) const {
+void PreTokenizer::run_split(size_t step, std::string_view piece, const Sink& sink) const {
   const auto& [regex, behavior, invert] = steps_[step];
   size_t begin = 0, end = 0;  // the piece that may still grow; empty if there is none
   bool previous = false;      // was the last segment a match?
   const auto flush = [&] {
-    if (end > begin) run(step + 1, piece.part(begin, end), sink);
+    if (end > begin) run(step + 1, piece.substr(begin, end - begin), sink);
   };
   const auto segment = [&](size_t b, size_t e, bool match) {
     match ^= invert;
@@ -136,12 +130,12 @@ void PreTokenizer::run_split(size_t step, Piece piece, const Sink& sink) const {
     end = match && behavior == Behavior::removed ? b : e;
     previous = match;
   };
-  const size_t size = piece.text.size();
+  const size_t size = piece.size();
   size_t done = 0, at = 0, b = 0, e = 0;
-  while (at <= size && search(regex.get(), piece.shape, at, b, e)) {
+  while (at <= size && search(regex.get(), piece, at, b, e)) {
     at = e;
     if (b == e && e == done) {  // an empty match right after a match does not count
-      at += at < size ? utf8_length(piece.shape[at]) : 1;
+      at += at < size ? utf8_length(piece[at]) : 1;
       continue;
     }
     if (done < b) segment(done, b, false);

@@ -2,9 +2,6 @@
 // The "pre_tokenizer" of a tokenizer.json: cuts text into the pieces that BPE works on. Split,
 // Digits, ByteLevel and Sequence of those, ByteLevel last. The patterns are Oniguruma's.
 
-#include <functional>
-#include <memory>
-
 #include "core/value.h"
 
 struct re_pattern_buffer;
@@ -27,15 +24,9 @@ class PreTokenizer {
     Behavior behavior = Behavior::isolated;
     bool invert = false;
   };
-  struct Piece {
-    std::string_view text, shape;  // patterns see `shape` (stand_in, data/unicode.h)
-    Piece part(size_t begin, size_t end) const {
-      return {text.substr(begin, end - begin), shape.substr(begin, end - begin)};
-    }
-  };
   void add(const Value& spec);
-  void run(size_t step, Piece piece, const Sink& sink) const;
-  void run_split(size_t step, Piece piece, const Sink& sink) const;
+  void run(size_t step, std::string_view piece, const Sink& sink) const;
+  void run_split(size_t step, std::string_view piece, const Sink& sink) const;
 
   std::vector<Step> steps_;
   bool byte_level_ = false;

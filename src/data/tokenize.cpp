@@ -6,18 +6,14 @@
 #include <zlib.h>
 #include <zstd.h>
 
-#include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <deque>
 #include <filesystem>
 #include <fstream>
 #include <future>
-#include <set>
 #include <sstream>
 #include <thread>
 
-#include "core/error.h"
 #include "data/corpus.h"
 #include "data/tokenizer.h"
 

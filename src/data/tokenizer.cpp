@@ -1,11 +1,8 @@
 #include "data/tokenizer.h"
 
-#include <algorithm>
 #include <filesystem>
-#include <map>
 #include <queue>
 
-#include "core/error.h"
 #include "core/file.h"
 #include "data/unicode.h"
 

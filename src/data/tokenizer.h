@@ -2,9 +2,6 @@
 // Byte-level BPE as Hugging Face's `tokenizers` library does it, from a tokenizer.json: the same
 // ids for every input.
 
-#include <array>
-#include <optional>
-#include <span>
 #include <unordered_map>
 
 #include "data/pretokenize.h"

@@ -1,8 +1,7 @@
 #pragma once
-// UTF-8 and Unicode as the `tokenizers` library 0.23 sees them: properties of Unicode 16 (its
-// Oniguruma), combining classes of Unicode 9 (its normalizer). Debian's Oniguruma 6.9.8 and
-// utf8proc 2.8 are of other versions; the tables in unicode.cpp are the differences, found by
-// comparing every code point.
+// UTF-8 and Unicode as the `tokenizers` library sees them. The tables are those of the installed
+// utf8proc (2.8: Unicode 14) and Oniguruma (6.9.8: Unicode 14); tokenizers 0.23 knows Unicode 16.
+// Letters, digits and marks that came in between may be cut in other places.
 
 #include <cstddef>
 #include <cstdint>
@@ -23,10 +22,6 @@ void append_utf8(uint32_t code_point, std::string& out);
 std::string repair_utf8(std::string_view text);
 // Normalization form C of valid UTF-8.
 std::string normalize_nfc(std::string_view text);
-// What to show Oniguruma in place of valid UTF-8: characters younger than its tables become older
-// ones of the same general category and length. (A pattern that names one of them sees the older
-// one.)
-std::string stand_in(std::string_view text);
 
 bool is_space(uint32_t code_point);  // White_Space
 bool is_word(uint32_t code_point);   // \w of Unicode TS 18

@@ -3,15 +3,9 @@
 #include <fcntl.h>
 #include <fnmatch.h>
 #include <omp.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <cmath>
 #include <filesystem>
-#include <future>
-#include <map>
-#include <set>
 
 #include "core/safetensors.h"
 #include "data/tokenizer.h"
@@ -27,21 +21,9 @@ constexpr int64_t kChunk = 1 << 22;  // elements converted at a time, so that it
 
 bool exists(const std::string& path) { return ::access(path.c_str(), F_OK) == 0; }
 
-void require_ok(int result, const std::string& path) {
-  if (result != 0) fail_input("{}: {}", path, std::strerror(errno));
-}
-
 void remove_tree(const std::string& path) {
   std::error_code ignored;
   fs::remove_all(path, ignored);
-}
-
-std::vector<std::string> names_in(const std::string& directory) {
-  std::vector<std::string> names;
-  std::error_code error;
-  for (const auto& entry : fs::directory_iterator(directory, error))
-    names.push_back(entry.path().filename());
-  return names;
 }
 
 // A tensor of a checkpoint: a range of a parameter, master or moment.
@@ -75,9 +57,8 @@ Parts collect(const ParamSet& params, const Optimizer& optimizer, bool copy) {
   return parts;
 }
 
-// Fills the parts from a file that must hold them in their shapes, and nothing
-// else that no pattern of `ignored` matches. Everything is checked before
-// anything is read.
+// Fills the parts from a file that must hold them in their shapes, and nothing else that no pattern
+// of `ignored` matches. Everything is checked before anything is read.
 void read_parts(const Safetensors& file, std::vector<Part>& parts,
                 const std::vector<std::string>& ignored) {
   const auto text_of = [](auto dims) { return Value::array({dims.begin(), dims.end()}).json(); };
@@ -93,16 +74,14 @@ void read_parts(const Safetensors& file, std::vector<Part>& parts,
     const auto matches = [&name = name](auto& pattern) {
       return fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
     };
-    if (!wanted.count(name) && std::ranges::none_of(ignored, matches))
+    if (!wanted.contains(name) && std::ranges::none_of(ignored, matches))
       fail_input("{}: tensor {} does not belong to this model with these settings", file.path(),
                  printable(name));
   }
-  for (Part& part : parts)
-    if (part.data.device() != Device::meta) file.read(part.name, 0, part.data);
+  for (Part& part : parts) file.read(part.name, 0, part.data);
 }
 
-// The first of the forms a parameter can be read from whose tensors are all
-// there.
+// The first of the forms a parameter can be read from whose tensors are all there.
 const std::vector<Piece>& source_form(const Param& p, const Safetensors& file) {
   std::string missing;
   const auto is_there = [&](const std::vector<Piece>& form) {
@@ -119,24 +98,23 @@ const std::vector<Piece>& source_form(const Param& p, const Safetensors& file) {
   fail_input("{}: no tensor {}", file.path(), missing);
 }
 
-using TextFile = std::pair<std::string, std::string>;  // name in the checkpoint, contents
+using Files = std::map<std::string, std::string>;  // contents by name in the checkpoint
 
-void add_tokenizer(const RunConfig& run, std::vector<TextFile>& files) {
-  if (run.tokenizer.empty()) return;
-  const bool is_directory = exists(run.tokenizer + "/.");
-  const fs::path file = is_directory ? run.tokenizer + "/tokenizer.json" : run.tokenizer;
-  files.emplace_back("tokenizer.json", read_file(file));
-  for (const char* name : {"special_tokens_map.json", "vocab.json", "merges.txt",
-                           "chat_template.jinja", "tokenizer_config.json"})
-    if (const fs::path beside = file.parent_path() / name; exists(beside))
-      files.emplace_back(name, read_file(beside));
-  if (files.back().first == "tokenizer_config.json") return;
-  // The least that lets AutoTokenizer open the directory.
+void add_tokenizer(const RunConfig& run, const Model& model, Files& files) {
   const Tokenizer tokenizer(run.tokenizer);
+  if (tokenizer.vocab_size() > model.size.vocabulary)
+    fail_input("{} has {} tokens, the model's vocab_size is {}", run.tokenizer,
+               tokenizer.vocab_size(), model.size.vocabulary);
+  // The least that lets AutoTokenizer open the directory.
   Value config = Value::object({{"tokenizer_class", "PreTrainedTokenizerFast"},
                                 {"model_max_length", run.data.sequence_length}});
   if (const auto eos = tokenizer.eos_id()) config["eos_token"] = tokenizer.decode({&*eos, 1});
-  files.emplace_back("tokenizer_config.json", config.json(2) + "\n");
+  files["tokenizer_config.json"] = config.json(2) + "\n";
+  files["tokenizer.json"] = read_file(tokenizer.file());
+  for (const char* name : {"special_tokens_map.json", "vocab.json", "merges.txt",
+                           "chat_template.jinja", "tokenizer_config.json"})
+    if (const fs::path beside = fs::path(tokenizer.file()).parent_path() / name; exists(beside))
+      files[name] = read_file(beside);
 }
 
 Value exported_config(const Model& model) {
@@ -147,20 +125,20 @@ Value exported_config(const Model& model) {
 }
 
 // The files that are the same in every checkpoint of a run.
-std::vector<TextFile> fixed_files(const RunConfig& run, const Model& model) {
+Files fixed_files(const RunConfig& run, const Model& model) {
   const Value config = exported_config(model);
   Value generation = Value::object({{"_from_model_config", true}});
   for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
     if (const Value* id = config.find(key); id && !id->is_null()) generation[key] = *id;
-  std::vector<TextFile> files = {{"config.json", config.json(2) + "\n"},
-                                 {"generation_config.json", generation.json(2) + "\n"},
-                                 {"trainer/run.toml", run.to_toml()}};
-  add_tokenizer(run, files);
+  Files files = {{"config.json", config.json(2) + "\n"},
+                 {"generation_config.json", generation.json(2) + "\n"},
+                 {"trainer/run.toml", run.to_toml()}};
+  if (!run.tokenizer.empty()) add_tokenizer(run, model, files);
   return files;
 }
 
-// What decides how sums are ordered: the instructions this program is built
-// for, and those that libraries choose from at run time.
+// What decides how sums are ordered: the instructions this program is built for, and those that
+// libraries choose from at run time.
 std::string instruction_set() {
 #ifdef __AVX512F__
   const char* built = "avx512f";
@@ -171,8 +149,7 @@ std::string instruction_set() {
   return fmt::format("{} on {}", built, brain ? "avx512bf16" : wide ? "avx512f" : "avx2");
 }
 
-// trainer/state.json. The order of the data follows from seed and position (in
-// sequences) alone.
+// trainer/state.json. The order of the data follows from seed and position (in sequences) alone.
 Value state_of(const RunConfig& run, int64_t step) {
   return Value::object({{"format", kFormat},
                         {"version", kVersion},
@@ -199,84 +176,75 @@ void write_parts(const std::string& directory, const char* stem, const std::vect
   file.close();
 }
 
-// A directory is only called step-N when it is complete; this tells it from
-// what others put there.
+std::string step_name(int64_t step) { return fmt::format("step-{:08}", step); }
+
+// A directory is only called step-N when it is complete; this tells it from what others put there.
 bool is_complete(const std::string& directory) { return exists(directory + "/trainer/state.json"); }
 
-// The names of complete checkpoints by step.
-std::map<int64_t, std::string> complete_steps(const std::string& out) {
-  std::map<int64_t, std::string> steps;
-  for (const std::string& name : names_in(out)) {
-    const bool numbered = name.size() >= 13 && name.size() < 24 && name.starts_with("step-") &&
-                          name.find_first_not_of("0123456789", 5) == name.npos;
-    if (numbered && is_complete(out + "/" + name)) steps[std::stoll(name.substr(5))] = name;
+std::set<int64_t> complete_steps(const std::string& out) {
+  std::set<int64_t> steps;
+  std::error_code none;
+  for (const auto& entry : fs::directory_iterator(out, none)) {
+    const std::string name = entry.path().filename();
+    const int64_t step = name.starts_with("step-") ? std::atoll(name.c_str() + 5) : -1;
+    if (step >= 0 && name == step_name(step) && is_complete(entry.path())) steps.insert(step);
   }
   return steps;
 }
 
-}  // namespace
+std::string temporary(const std::string& out, int64_t step) {
+  return fmt::format("{}/.{}.tmp-{}", out, step_name(step), ::getpid());
+}
 
-struct Checkpoints::Writer {
-  std::string out;
-  int64_t keep_last;
-  std::vector<TextFile> files;
-  std::future<void> pending = {};
-
-  std::string path(const std::string& name) const { return out + "/" + name; }
-  std::string temporary(const std::string& name) const {
-    return path(fmt::format(".{}.tmp-{}", name, ::getpid()));
+// A checkpoint of the same number, which a crash or an earlier run left, changes places with the
+// new one, so that there is one of that name at any moment; where the file system cannot do that it
+// is removed first.
+void install(const std::string& directory, const std::string& out, int64_t step) {
+  const std::string place = out + "/" + step_name(step), link = out + "/latest";
+  const char *from = directory.c_str(), *to = place.c_str();
+  if (::rename(from, to) != 0 && ::renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_EXCHANGE) != 0) {
+    remove_tree(place);
+    fs::rename(directory, place);
   }
+  fsync_directory(out);
+  fs::remove(link + ".tmp");
+  fs::create_symlink(step_name(step), link + ".tmp");
+  fs::rename(link + ".tmp", link);
+  fsync_directory(out);
+}
 
-  void write(int64_t step, const Parts& parts, const std::string& state) const {
-    const std::string name = fmt::format("step-{:08}", step), directory = temporary(name);
-    try {
-      require_ok(::mkdir(directory.c_str(), 0777), directory);
-      require_ok(::mkdir((directory + "/trainer").c_str(), 0777), directory);
-      for (const auto& [file, text] : files) write_file_atomic(directory + "/" + file, text);
-      write_file_atomic(directory + "/trainer/state.json", state);
-      write_parts(directory + "/trainer", "trainer", parts.trainer, false);
-      write_parts(directory, "model", parts.model, true);
-      install(directory, name);
-    } catch (const InputError& e) {
-      remove_tree(directory);
-      fail_input("the checkpoint of step {} was not written: {}", step, e.what());
-    }
+// Only what is older than `newest`, which `latest` points to.
+void prune(const std::string& out, int64_t newest, int64_t keep) {
+  auto steps = complete_steps(out);
+  steps.erase(steps.upper_bound(newest), steps.end());
+  for (; int64_t(steps.size()) > keep; steps.erase(steps.begin())) {
+    const std::string place = out + "/" + step_name(*steps.begin()),
+                      hidden = temporary(out, *steps.begin());
+    // What is half removed must not look complete, so it loses its name first.
+    if (::rename(place.c_str(), hidden.c_str()) != 0)
+      warn_once(fmt::format("{} cannot be removed: {}", place, std::strerror(errno)));
+    remove_tree(hidden);
+  }
+}
+
+void write_checkpoint(const RunConfig& run, int64_t step, const Files& files, const Parts& parts) {
+  const std::string directory = temporary(run.out, step);
+  try {
+    fs::create_directory(directory);
+    fs::create_directory(directory + "/trainer");
+    for (const auto& [name, text] : files) write_file_atomic(directory + "/" + name, text);
+    write_parts(directory + "/trainer", "trainer", parts.trainer, false);
+    write_parts(directory, "model", parts.model, true);
+    install(directory, run.out, step);
+  } catch (const std::exception& e) {
     remove_tree(directory);
-    prune(step);
+    fail_input("the checkpoint of step {} was not written: {}", step, e.what());
   }
+  remove_tree(directory);  // the one that changed places
+  prune(run.out, step, run.checkpoint.keep_last);
+}
 
-  // A checkpoint of the same number, which a crash or an earlier run left,
-  // changes places with the new one, so that there is one of that name at any
-  // moment; where the file system cannot do that it is removed first.
-  void install(const std::string& directory, const std::string& name) const {
-    const std::string place = path(name), link = path("latest"), fresh = link + ".tmp";
-    const char *from = directory.c_str(), *to = place.c_str();
-    if (::rename(from, to) != 0 &&
-        ::renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_EXCHANGE) != 0) {
-      remove_tree(place);
-      require_ok(::rename(from, to), place);
-    }
-    fsync_directory(out);
-    ::unlink(fresh.c_str());
-    require_ok(::symlink(name.c_str(), fresh.c_str()), link);
-    require_ok(::rename(fresh.c_str(), link.c_str()), link);
-    fsync_directory(out);
-  }
-
-  // Only what is older than `newest`, which `latest` points to.
-  void prune(int64_t newest) const {
-    auto steps = complete_steps(out);
-    steps.erase(steps.upper_bound(newest), steps.end());
-    for (; int64_t(steps.size()) > keep_last; steps.erase(steps.begin())) {
-      const std::string& name = steps.begin()->second;
-      // What is half removed must not look complete, so it loses its name
-      // first.
-      if (::rename(path(name).c_str(), temporary(name).c_str()) != 0)
-        warn_once(fmt::format("{} cannot be removed: {}", path(name), std::strerror(errno)));
-      remove_tree(temporary(name));
-    }
-  }
-};
+}  // namespace
 
 bool has_weights(const std::string& path) {
   return exists(path + "/model.safetensors") || exists(path + "/model.safetensors.index.json");
@@ -298,45 +266,41 @@ void load_weights(ParamSet& params, const std::string& directory,
 }
 
 Checkpoints::Checkpoints(const RunConfig& run, Model& model, Optimizer& optimizer)
-    : writer_(new Writer{run.out, run.checkpoint.keep_last, fixed_files(run, model)}),
-      run_(run),
-      model_(model),
-      optimizer_(optimizer) {
+    : run_(run), model_(model), optimizer_(optimizer), files_(fixed_files(run, model)) {
   for (const auto& p : model.params) {
     if (p->trained() || p->exported || !p->name.ends_with("e_score_correction_bias")) continue;
     if (run.balance.bias_export == "refuse")
       fail_input(
-          "balance.bias_update_rate = {}: Hugging Face has no tensor for the "
-          "router bias in this "
+          "balance.bias_update_rate = {}: Hugging Face has no tensor for the router bias in this "
           "architecture ({}), exported models would route without it; set "
           "balance.bias_export=\"drop\" to accept that",
           run.balance.bias_update_rate, p->name);
-    warn_once(
-        "the router bias is kept in trainer/ only: exported models route "
-        "without it");
+    warn_once("the router bias is kept in trainer/ only: exported models route without it");
   }
-  for (const std::string& name : names_in(run.out))
+  std::error_code none;
+  for (const auto& entry : fs::directory_iterator(run.out, none)) {
+    const std::string name = entry.path().filename();
     if (fnmatch(".step-*.tmp-*", name.c_str(), 0) == 0 || name == "latest.tmp")
-      remove_tree(run.out + "/" + name);
+      remove_tree(entry.path());
+  }
 }
 
-Checkpoints::~Checkpoints() = default;  // the future waits
-
 void Checkpoints::finish() {
-  if (writer_->pending.valid()) writer_->pending.get();
+  if (pending_.valid()) pending_.get();
 }
 
 void Checkpoints::save(int64_t step) {
   finish();
   const bool background = run_.checkpoint.background;
-  // The parts are freed when they are written, not when somebody asks for the
-  // result.
-  auto write = [w = writer_.get(), step, state = state_of(run_, step).json(2) + "\n",
+  Files files = files_;
+  files["trainer/state.json"] = state_of(run_, step).json(2) + "\n";
+  // The parts are freed when they are written, not when somebody asks for the result.
+  auto write = [this, step, files = std::move(files),
                 parts = collect(model_.params, optimizer_, background)]() mutable {
-    w->write(step, std::exchange(parts, {}), state);
+    write_checkpoint(run_, step, files, std::exchange(parts, {}));
   };
   if (!background) return write();
-  writer_->pending = std::async(std::launch::async, std::move(write));
+  pending_ = std::async(std::launch::async, std::move(write));
 }
 
 std::string Checkpoints::latest(const std::string& out) {
@@ -344,7 +308,7 @@ std::string Checkpoints::latest(const std::string& out) {
   const fs::path target = fs::path(out) / fs::read_symlink(out + "/latest", error);
   if (!error && is_complete(target)) return target;
   const auto steps = complete_steps(out);
-  return steps.empty() ? "" : out + "/" + steps.rbegin()->second;
+  return steps.empty() ? "" : out + "/" + step_name(*steps.rbegin());
 }
 
 int64_t Checkpoints::load(const std::string& directory) {
@@ -373,54 +337,6 @@ int64_t Checkpoints::load(const std::string& directory) {
   read_parts(Safetensors(directory + "/trainer", "trainer"), parts.trainer, {});
   model_.params.sync_values();
   return step;
-}
-
-namespace {
-
-// |a - b| / |a| (|a - b| if a is zero); 0 only if bit-equal, infinity if they
-// cannot be compared.
-double relative_l2(const Safetensors& a, const Safetensors& b, const std::string& name) {
-  if (!a.has(name) || !b.has(name) || a.entry(name).shape != b.entry(name).shape) return HUGE_VAL;
-  if (std::ranges::equal(a.bytes(name), b.bytes(name))) return 0;
-  const auto x = a.load(name).to_vector<double>(), y = b.load(name).to_vector<double>();
-  double difference = 0, norm = 0;
-  for (size_t i = 0; i < x.size(); ++i) {
-    difference += (x[i] - y[i]) * (x[i] - y[i]);
-    norm += x[i] * x[i];
-  }
-  const double relative = std::sqrt(difference / (norm > 0 ? norm : 1));
-  return std::isnan(relative) ? HUGE_VAL : std::max(relative, std::numeric_limits<double>::min());
-}
-
-// Whether `name` is a bf16 weight and the rounding of its master.
-bool is_rounding(const Safetensors& model, const std::string& name, const Safetensors& trainer) {
-  const std::string master = (trainer.has("master." + name) ? "master." : "state.") + name;
-  if (!trainer.has(master)) return false;
-  const Tensor x = model.load(name), y = trainer.load(master).to(DType::bf16, "compare");
-  return x.dtype() == DType::bf16 && x.shape() == y.shape() &&
-         std::memcmp(x.raw(), y.raw(), x.nbytes()) == 0;
-}
-
-}  // namespace
-
-bool compare_checkpoints(const std::string& a, const std::string& b, double tolerance) {
-  const Safetensors left(a + "/trainer", "trainer"), right(b + "/trainer", "trainer");
-  std::set<std::string> names;
-  std::vector<std::pair<double, std::string>> worst;
-  for (const auto& [directory, trainer] : {std::pair(a, &left), std::pair(b, &right)}) {
-    for (const auto& [name, entry] : trainer->entries()) names.insert(name);
-    const Safetensors model(directory);
-    for (const auto& [name, entry] : model.entries())
-      if (!is_rounding(model, name, *trainer))
-        worst.emplace_back(HUGE_VAL, directory + ": not the rounding of its master: " + name);
-  }
-  for (const std::string& name : names) worst.emplace_back(relative_l2(left, right, name), name);
-  std::sort(worst.rbegin(), worst.rend());
-  const double largest = worst.empty() ? 0 : worst.front().first;
-  fmt::print("{} tensors, largest relative L2 {:.3e}\n", names.size(), largest);
-  for (size_t i = 0; i < std::min<size_t>(worst.size(), 10) && worst[i].first > 0; ++i)
-    fmt::print("  {:.3e}  {}\n", worst[i].first, printable(worst[i].second, 200));
-  return largest <= tolerance;
 }
 
 }  // namespace pith

@@ -5,6 +5,8 @@
 // OUT/latest is a relative symlink replaced by rename. A crash at any moment leaves the last good
 // one.
 
+#include <future>
+
 #include "engine/optimizer.h"
 #include "models/model.h"
 
@@ -25,9 +27,9 @@ class Checkpoints {
  public:
   // Removes what an interrupted save left behind. `out` exists. InputError if the model trains a
   // router bias that Hugging Face has no tensor for and balance.bias_export is "refuse", or if the
-  // tokenizer cannot be read.
+  // tokenizer cannot be read or has more tokens than the model. Destruction waits for a background
+  // save.
   Checkpoints(const RunConfig& run, Model& model, Optimizer& optimizer);
-  ~Checkpoints();  // waits for a background save
 
   // The state after `step` updates. With checkpoint.background the tensors are copied and written
   // by a thread; at most one is under way, and its failure is thrown by the next call. InputError
@@ -46,16 +48,11 @@ class Checkpoints {
   int64_t load(const std::string& directory);
 
  private:
-  struct Writer;
-  std::unique_ptr<Writer> writer_;
   const RunConfig& run_;
   Model& model_;
   Optimizer& optimizer_;
+  const std::map<std::string, std::string> files_;  // the text files of every checkpoint, by name
+  std::future<void> pending_;
 };
-
-// Masters, moments and untrained state of two checkpoints: relative L2 per tensor (0 = bit-equal);
-// bf16 weights only as the rounding of their own masters, at any tolerance. Prints the worst
-// tensors; true if all are within the tolerance.
-bool compare_checkpoints(const std::string& a, const std::string& b, double tolerance);
 
 }  // namespace pith

@@ -1,11 +1,8 @@
 #pragma once
 // Learning-rate schedules.
 
-#include <algorithm>
-#include <cmath>
 #include <numbers>
 
-#include "core/error.h"
 #include "engine/run_config.h"
 
 namespace pith {

@@ -2,9 +2,6 @@
 
 #include <unistd.h>
 
-#include <algorithm>
-#include <cmath>
-
 #include "core/value.h"
 #include "ops/gemm.h"
 
@@ -105,18 +102,17 @@ std::string step_json(const StepMetrics& m) {
   return line.json();
 }
 
-Metrics::Metrics(const std::string& out, int64_t done_steps, int64_t total_steps)
-    : total_steps_(total_steps),
-      json_(truncated(out + "/metrics.jsonl", done_steps), true),
-      events_(out + "/tensorboard") {}
+Metrics::Metrics(const RunConfig& run, int64_t done_steps)
+    : train_(run.train),
+      json_(truncated(run.out + "/metrics.jsonl", done_steps), true),
+      events_(run.out + "/tensorboard") {}
 
 void Metrics::log(const StepMetrics& m) {
   // By the clock, so that evaluation and checkpoints count too.
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start_;
-  const double left = double(std::max<int64_t>(total_steps_ - m.step, 0));
+  const double left = double(std::max<int64_t>(train_.last_step() - m.step, 0));
   const double eta = elapsed.count() / double(++logged_) * left;
-  std::puts(step_line(m, total_steps_, eta).c_str());
-  std::fflush(stdout);
+  say(stdout, step_line(m, train_.steps, eta) + "\n");
   const std::string json = step_json(m) + '\n';
   json_.write(json.data(), json.size());
 

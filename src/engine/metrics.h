@@ -1,12 +1,11 @@
 #pragma once
-// What a run reports after each update: the step line on stdout, metrics.jsonl and TensorBoard, all
-// in the same words.
+// What a run reports after each update: the step line on stdout and in its log, metrics.jsonl and
+// TensorBoard, all in the same words.
 
 #include <chrono>
-#include <optional>
-#include <vector>
 
 #include "core/tensor.h"
+#include "engine/run_config.h"
 #include "engine/tfevents.h"
 
 namespace pith {
@@ -49,13 +48,14 @@ class Metrics {
   // Continues OUT/metrics.jsonl after update `done_steps`: lines of later updates and half-written
   // ones are dropped, atomically. TensorBoard events go to a new file in OUT/tensorboard/. OUT must
   // exist.
-  Metrics(const std::string& out, int64_t done_steps, int64_t total_steps);
+  Metrics(const RunConfig& run, int64_t done_steps);
 
-  // Prints the line and appends to both files; a line of metrics.jsonl is one write.
+  // Prints the line, whose eta is that of the run's last update, and appends to both files; a line
+  // of metrics.jsonl is one write.
   void log(const StepMetrics& m);
 
  private:
-  int64_t total_steps_;
+  const TrainConfig train_;
   OutputFile json_;
   EventFile events_;
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();

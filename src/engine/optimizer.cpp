@@ -1,8 +1,5 @@
 #include "engine/optimizer.h"
 
-#include <algorithm>
-#include <cmath>
-
 #include "ops/optimizer.h"
 
 namespace pith {
@@ -38,20 +35,21 @@ Optimizer::Optimizer(ParamSet& params, const RunConfig& run, Context& context)
     : params_(params), rule_(run.optimizer), context_(context) {
   for (const auto& p : params_) {
     if (!p->trained()) continue;
-    const bool muon = rule_.name == "muon" && muon_fits(*p);
     const auto moment = [&](const char* name) {
       return Tensor::zeros(p->shape, p->master.dtype(), p->master.device(), name);
     };
-    slots_.push_back({p.get(), muon, moment(muon ? "muon_momentum" : "adam_m"),
-                      muon ? Tensor() : moment("adam_v")});
+    if (rule_.name == "muon" && muon_fits(*p))
+      slots_.push_back({p.get(), moment("muon_momentum"), {}});
+    else
+      slots_.push_back({p.get(), moment("adam_m"), moment("adam_v")});
   }
 }
 
 std::vector<Optimizer::State> Optimizer::states() const {
   std::vector<State> all;
   for (const Slot& s : slots_) {
-    all.push_back({s.muon ? "momentum" : "m", s.param, s.first});
-    if (!s.muon) all.push_back({"v", s.param, s.second});
+    all.push_back({s.second ? "m" : "momentum", s.param, s.first});
+    if (s.second) all.push_back({"v", s.param, s.second});
   }
   return all;
 }
@@ -66,8 +64,7 @@ Optimizer::Norm Optimizer::grad_norm(double labels) {
     p.grad_written = true;
     const double squares = sum_of_squares(tape, p.grad);
     sum += squares;
-    if (std::isfinite(squares) || !norm.finite) continue;
-    norm.finite = false;
+    if (std::isfinite(squares) || !norm.finite()) continue;
     norm.first_bad = p.name;
     const auto is_bad = [&](const Piece& piece) {
       const int64_t end = piece.begin + piece.shape.numel();
@@ -81,19 +78,18 @@ Optimizer::Norm Optimizer::grad_norm(double labels) {
 }
 
 void Optimizer::update(double lr, int64_t step, const Norm& norm, double labels) {
-  if (!norm.finite) return;
+  if (!norm.finite()) return;
   const double most = rule_.clip_norm > 0 ? rule_.clip_norm / (norm.value + 1e-6) : 1.0;
   const double scale = std::min(1.0, most) / labels;
   Tape tape(context_, false);
   for (Slot& slot : slots_) {
     Param& p = *slot.param;
     const double decay = p.decay ? rule_.weight_decay : 0;
-    if (slot.muon) {
+    if (slot.second)
+      adamw_update(tape, {lr, rule_.betas[0], rule_.betas[1], rule_.eps, decay, scale, step},
+                   p.grad, slot.first, slot.second, p.master, p.value);
+    else
       update_by_muon(tape, {lr, rule_.momentum, decay, scale}, p, slot.first);
-    } else {
-      const AdamW rule{lr, rule_.betas[0], rule_.betas[1], rule_.eps, decay, scale, step};
-      adamw_update(tape, rule, p.grad, slot.first, slot.second, p.master, p.value);
-    }
   }
 }
 

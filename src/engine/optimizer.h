@@ -12,9 +12,9 @@ class Optimizer {
   Optimizer(ParamSet& params, const RunConfig& run, Context& context);
 
   struct Norm {
-    double value = 0;  // L2 norm of the mean gradient: every parameter once
-    bool finite = true;
-    std::string first_bad;  // the first parameter with a non-finite gradient
+    double value = 0;       // L2 norm of the mean gradient: every parameter once
+    std::string first_bad;  // the first parameter with a non-finite gradient, or ""
+    bool finite() const { return first_bad.empty(); }
   };
   Norm grad_norm(double labels);
 
@@ -34,8 +34,7 @@ class Optimizer {
  private:
   struct Slot {
     Param* param;
-    bool muon;
-    Tensor first, second;
+    Tensor first, second;  // AdamW's moments, or Muon's momentum and nothing
   };
   ParamSet& params_;
   OptimizerConfig rule_;

@@ -40,11 +40,6 @@ Carry take_grad(Tape& t, const Carry& c) {
 
 }  // namespace
 
-MicroBatch make_micro_batch(const Batch& rows, double step_labels, double step_tokens,
-                            double micro_batches) {
-  return {rows, step_labels, step_tokens, micro_batches};
-}
-
 struct Pipeline::LayerRecord {
   Tape stage1, stage3;
   Carry in;
@@ -62,10 +57,12 @@ struct Pipeline::Record {
 };
 
 Pipeline::Pipeline(Model& model, Context& context, const TrainConfig& train)
-    : model_(model),
-      context_(context),
-      micro_batch_size_(train.micro_batch_size),
-      wgrad_micro_batches_(train.wgrad_micro_batches) {}
+    : model_(model), context_(context), train_(train) {}
+
+Pipeline::Record Pipeline::record(const MicroBatch& mb, WgradQueue* queue) const {
+  const auto tape = [&] { return Tape(context_, queue != nullptr, queue); };
+  return {tape(), tape(), mb};
+}
 
 void Pipeline::forward_layer(Record& r, int64_t layer) {
   LayerRecord& l = r.layers.back();
@@ -93,8 +90,8 @@ void Pipeline::forward(Record& r) {
   leaf(r.head, r.last);
 }
 
-Tensor Pipeline::logits(MicroBatch mb) {
-  Record r{Tape(context_, false), Tape(context_, false), std::move(mb)};
+Tensor Pipeline::logits(const MicroBatch& mb) {
+  Record r = record(mb, nullptr);
   forward(r);
   return model_.logits(r.head, r.last);
 }
@@ -127,7 +124,7 @@ void Pipeline::backward(Record& r) {
   for (int64_t layer = model_.size.layers - 1; layer >= 0; --layer) {
     d = backward_layer(r, layer, std::move(d));
     r.layers.pop_back();
-    if (wgrad_micro_batches_ == 1) flush();
+    if (train_.wgrad_micro_batches == 1) flush();
   }
   r.embed.set_grad(r.embedded.hidden, d.hidden);
   r.embed.backward();
@@ -141,17 +138,16 @@ void Pipeline::flush() {
 
 StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<Tensor>& replay) {
   StepSums sums{.labels = double(batch.label_count)};
-  const int64_t size = micro_batch_size_, micro_batches = batch.batch / size,
+  const int64_t size = train_.micro_batch_size, micro_batches = batch.batch / size,
                 tokens = size * batch.sequence;
   model_.params.begin_step();
-  queues_.assign(size_t(std::min(wgrad_micro_batches_, batch.batch)), {});
+  queues_.assign(size_t(std::min(train_.wgrad_micro_batches, batch.batch)), {});
   if (trace) sums.trace.resize(size_t(micro_batches));
   for (int64_t m = 0; m < micro_batches; ++m) {
-    const int64_t slot = m % wgrad_micro_batches_;
-    const auto tape = [&] { return Tape(context_, true, &queues_[size_t(slot)]); };
-    Record r{tape(), tape(),
-             make_micro_batch(batch_rows(batch, m * size, (m + 1) * size), sums.labels,
-                              double(batch.batch * batch.sequence), double(micro_batches))};
+    const int64_t slot = m % train_.wgrad_micro_batches;
+    Record r = record({batch_rows(batch, m * size, (m + 1) * size), sums.labels,
+                       double(batch.batch * batch.sequence), double(micro_batches)},
+                      &queues_[size_t(slot)]);
     r.mb.statistics = &sums.statistics;
     if (trace) r.mb.trace = &sums.trace[size_t(m)];
     for (const Tensor& ids : replay)
@@ -160,20 +156,18 @@ StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<
     r.loss = model_.head_loss(r.head, r.last, r.mb, nullptr);
     sums.loss += value_of(r.loss);
     backward(r);
-    if (slot == wgrad_micro_batches_ - 1 || m == micro_batches - 1) flush();
+    if (slot == train_.wgrad_micro_batches - 1 || m == micro_batches - 1) flush();
   }
   return sums;
 }
 
-StepSums Pipeline::evaluate(const Batch& batch, std::vector<Tensor>* token_losses) {
+StepSums Pipeline::evaluate(const Batch& batch) {
   StepSums sums{.labels = double(batch.label_count)};
-  for (int64_t row = 0; row < batch.batch; row += micro_batch_size_) {
-    const Batch rows = batch_rows(batch, row, std::min(batch.batch, row + micro_batch_size_));
-    Record r{Tape(context_, false), Tape(context_, false), {rows}};
+  for (int64_t row = 0; row < batch.batch; row += train_.micro_batch_size) {
+    const int64_t end = std::min(batch.batch, row + train_.micro_batch_size);
+    Record r = record({batch_rows(batch, row, end)}, nullptr);
     forward(r);
-    Tensor per_token;
-    sums.loss += value_of(model_.head_loss(r.head, r.last, r.mb, &per_token));
-    if (token_losses) token_losses->push_back(per_token);
+    sums.loss += value_of(model_.head_loss(r.head, r.last, r.mb, nullptr));
   }
   return sums;
 }

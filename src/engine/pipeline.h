@@ -24,16 +24,16 @@ class Pipeline {
   StepSums train_step(const Batch& batch, bool trace = false,
                       const std::vector<Tensor>& replay = {});
 
-  // Forward only: the loss sum and the number of labels. `token_losses` receives wide [T] per
-  // micro-batch.
-  StepSums evaluate(const Batch& batch, std::vector<Tensor>* token_losses = nullptr);
+  // Forward only: the loss sum and the number of labels.
+  StepSums evaluate(const Batch& batch);
 
   // Forward only, to logits: wide [T, V]. With caches in `mb`: generation.
-  Tensor logits(MicroBatch mb);
+  Tensor logits(const MicroBatch& mb);
 
  private:
   struct LayerRecord;
   struct Record;  // what the forward of a micro-batch keeps for its backward
+  Record record(const MicroBatch& mb, WgradQueue* queue) const;  // nullptr: forward only
   void forward(Record& r);
   void backward(Record& r);
   void forward_layer(Record& r, int64_t layer);
@@ -42,13 +42,8 @@ class Pipeline {
 
   Model& model_;
   Context& context_;
-  int64_t micro_batch_size_, wgrad_micro_batches_;
+  const TrainConfig train_;
   std::vector<WgradQueue> queues_;  // one per micro-batch whose weight gradients are outstanding
 };
-
-// What the stages of these rows need to know, as one of `micro_batches` of a step with
-// `step_labels` labels.
-MicroBatch make_micro_batch(const Batch& rows, double step_labels, double step_tokens,
-                            double micro_batches);
 
 }  // namespace pith

@@ -1,17 +1,14 @@
 #include "engine/plan.h"
 
 #include "engine/checkpoint.h"
-#include "engine/optimizer.h"
 #include "engine/pipeline.h"
 
 namespace pith {
 
-DType run_dtype(const RunConfig& run) { return parse_dtype(run.dtype); }
-
 ModelOptions model_options(const RunConfig& run, Device device) {
   const BalanceConfig& b = run.balance;
   return {
-      .dtype = run_dtype(run),
+      .dtype = parse_dtype(run.dtype),
       .device = device,
       .max_positions = run.data.sequence_length,
       .balance = {b.loss, b.coefficient, b.z_loss, b.bias_update_rate, run.train.force_balance}};
@@ -19,7 +16,7 @@ ModelOptions model_options(const RunConfig& run, Device device) {
 
 Plan make_plan(const RunConfig& run) {
   memory::reset_peak(Device::meta);
-  Context context{.device = Device::meta, .dtype = run_dtype(run)};
+  Context context{.device = Device::meta, .dtype = parse_dtype(run.dtype)};
   const auto model = make_model(read_model_config(run.model), model_options(run, Device::meta));
   Optimizer optimizer(model->params, run, context);
   Plan plan;
@@ -31,15 +28,13 @@ Plan make_plan(const RunConfig& run) {
     for (const auto& p : model->params) copies.push_back(p->master.clone("checkpoint_copy"));
     for (const auto& s : optimizer.states()) copies.push_back(s.tensor.clone("checkpoint_copy"));
   }
-  {
-    const int64_t rows = run.train.global_batch_size, tokens = rows * run.data.sequence_length;
-    const auto ids = [&] { return Tensor({tokens}, DType::i32, Device::meta, "batch"); };
-    const Tensor starts = run.data.document_mask ? ids() : Tensor();
-    const Batch batch{ids(), ids(), ids(), starts, rows, run.data.sequence_length, tokens};
-    pipeline.train_step(batch, !run.trace.routing.empty());
-    plan.step_flops = context.total.flops;
-    optimizer.update(run.optimizer.lr, 1, optimizer.grad_norm(double(tokens)), double(tokens));
-  }
+  const int64_t rows = run.train.global_batch_size, tokens = rows * run.data.sequence_length;
+  const auto ids = [&] { return Tensor({tokens}, DType::i32, Device::meta, "batch"); };
+  const Tensor starts = run.data.document_mask ? ids() : Tensor();
+  const Batch batch{ids(), ids(), ids(), starts, rows, run.data.sequence_length, tokens};
+  pipeline.train_step(batch, !run.trace.routing.empty());
+  plan.step_flops = context.total.flops;
+  optimizer.update(run.optimizer.lr, 1, optimizer.grad_norm(double(tokens)), double(tokens));
   plan.peak_bytes = memory::peak(Device::meta);
   plan.lines = memory::planned_peak();
   return plan;

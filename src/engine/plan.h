@@ -17,7 +17,6 @@ struct Plan {
 };
 
 ModelOptions model_options(const RunConfig& run, Device device);  // of a training run
-DType run_dtype(const RunConfig& run);
 
 Plan make_plan(const RunConfig& run);
 

@@ -1,9 +1,5 @@
 #include "engine/run_config.h"
 
-#include <algorithm>
-#include <map>
-
-#include "core/error.h"
 #include "core/file.h"
 #include "core/value.h"
 
@@ -27,7 +23,7 @@ constexpr Rule kDecay{"", 0, kBelowOne, "a number, 0 or more and below 1"};
 
 // Every key, once: f(dotted name, member, rule). Reading, printing, checking and suggestions all go
 // through here.
-template <class Config, class F> void for_each_key(Config& c, F&& f) {
+template <class Config, class F> void for_each_key(Config&& c, F&& f) {
   f("model", c.model, kAny);
   f("tokenizer", c.tokenizer, kAny);
   f("out", c.out, kAny);
@@ -116,7 +112,7 @@ template <class T> void get(const Value& v, std::vector<T>& out) {
 }
 
 template <class T> Value put(const T& v) { return Value(v); }
-Value put(const WeightedCorpus& v) { return Value::array({v.prefix, v.weight}); }
+Value put(const WeightedCorpus& v) { return Value::array({v.first, v.second}); }
 Value put(const std::array<double, 2>& v) { return Value::array({v[0], v[1]}); }
 template <class T> Value put(const std::vector<T>& list) {
   Value v = Value::array();
@@ -131,9 +127,8 @@ std::string section_of(const std::string& key) {
 std::string name_in_section(const std::string& key) { return key.substr(key.find('.') + 1); }
 
 std::vector<std::string> known_keys() {
-  RunConfig defaults;
   std::vector<std::string> keys;
-  for_each_key(defaults, [&](const char* key, auto&, const Rule&) { keys.emplace_back(key); });
+  for_each_key(RunConfig(), [&](const char* key, auto&, const Rule&) { keys.emplace_back(key); });
   return keys;
 }
 
@@ -170,100 +165,94 @@ using Found = std::map<std::string, Value>;  // by dotted key
 void collect(const Value& v, const std::string& key, Found& found) {
   const std::vector<std::string> known = known_keys();
   const std::string prefix = key.empty() ? "" : key + ".";
-  const auto below = [&](const std::string& k) { return k.starts_with(prefix); };
-  if (std::ranges::count(known, key)) {
+  if (std::ranges::count(known, key))
     found[key] = v;
-    return;
-  }
-  if (std::ranges::none_of(known, below))
+  else if (std::ranges::none_of(known, [&](auto& k) { return k.starts_with(prefix); }))
     fail_input("{}: unknown key; {}", v.where(), suggestion(key));
-  if (!v.is(Value::Kind::object)) v.reject(fmt::format("a section, [{}]", key));
-  for (const auto& [name, item] : v.members()) collect(item, prefix + name, found);
+  else if (!v.is(Value::Kind::object))
+    v.reject(fmt::format("a section, [{}]", key));
+  else
+    for (const auto& [name, item] : v.members()) collect(item, prefix + name, found);
 }
 
-// "train.steps=20"
-void collect_override(const std::string& text, Found& found) {
+// "train.steps=20" as a tree. What is no TOML value is a string.
+Value parse_override(const std::string& text) {
   const std::string place = "command line";
   const size_t equals = text.find('=');
   if (equals == text.npos || equals == 0)
     fail_input("{}: expected section.key=value, got \"{}\"", place, printable(text));
   const std::string key = text.substr(0, equals), value = text.substr(equals + 1);
-  Value tree;
   try {
-    tree = parse_toml(text, place);
+    Value tree = parse_toml(text, place);
+    if (tree.members().size() == 1) return tree;
   } catch (const InputError&) {
     if (!value.empty() && std::string_view("\"'[{").find(value[0]) != value.npos) throw;
   }
-  if (!tree.is_null() && tree.members().size() == 1) return collect(tree, "", found);
-  Value word = value;
-  word.set_where(fmt::format("{}:1: {}", place, printable(key)));
-  collect(word, key, found);
+  return parse_toml(key + " = " + Value(value).json(), place);
+}
+
+template <class... A> void refuse(bool wrong, fmt::format_string<A...> why, A&&... a) {
+  if (wrong) fail_input(why, std::forward<A>(a)...);
 }
 
 // Against the rule of its key; a list item by item.
 template <class T> void check(const char* key, const T& value, const Rule& rule) {
   if constexpr (std::is_arithmetic_v<T>) {
     const bool ok = double(value) >= rule.low && double(value) <= rule.high;  // false for NaN
-    if (!ok) fail_input("{} = {}: expected {}", key, value, rule.expected);
+    refuse(!ok, "{} = {}: expected {}", key, value, rule.expected);
   } else if constexpr (std::is_same_v<T, std::string>) {
     const auto spaced = [](const std::string& words) { return " | " + words + " | "; };
-    const bool word = value.find(' ') == value.npos;
-    if (*rule.words && !(word && spaced(rule.words).find(spaced(value)) != value.npos))
-      fail_input("{} = \"{}\": expected {}", key, printable(value), rule.words);
+    const bool ok =
+        value.find(' ') == value.npos && spaced(rule.words).find(spaced(value)) != value.npos;
+    refuse(*rule.words && !ok, "{} = \"{}\": expected {}", key, printable(value), rule.words);
   } else if constexpr (std::is_same_v<T, WeightedCorpus>) {
-    if (value.prefix.empty()) fail_input("{}: expected a corpus prefix, got \"\"", key);
-    if (!(value.weight > 0 && value.weight <= 1e30))
-      fail_input("{}: weight {} of {}: expected a positive number", key, value.weight,
-                 printable(value.prefix));
+    const auto& [prefix, weight] = value;
+    refuse(prefix.empty(), "{}: expected a corpus prefix, got \"\"", key);
+    refuse(!(weight > 0 && weight <= 1e30), "{}: weight {} of {}: expected a positive number", key,
+           weight, printable(prefix));
   } else {
     for (const auto& item : value) check(key, item, rule);
   }
 }
 
-}  // namespace
-
-void RunConfig::validate() const {
-  for_each_key(*this, [](const char* key, const auto& member, const Rule& rule) {
-    check(key, member, rule);
-  });
+void check(const RunConfig& c) {
+  for_each_key(c,
+               [](const char* key, auto& member, const Rule& rule) { check(key, member, rule); });
   for (const auto& [key, size] :
-       {std::pair("pp", mesh.pp), std::pair("cp", mesh.cp), std::pair("ep", mesh.ep)}) {
-    if (size != 1)
-      fail_input("mesh.{} = {} needs several processes: this build runs one process, use 1", key,
-                 size);
-  }
-  const std::pair<bool, std::string> refusals[] = {
-      {model.empty(), "model is not set: name a config.json or a Hugging Face directory"},
-      {out.empty(), "out is not set: name the directory that the run writes to"},
-      {data.train.empty(),
-       "data.train is empty: name at least one corpus, as [[\"corpus/a\", 1.0]]"},
-      {dtype == "fp64" && device == "cuda",
-       "dtype = \"fp64\" runs on the cpu only: use device=\"cpu\", or bf16 or fp32"},
-      {device == "cuda", "this build has no CUDA back end: use device=\"cpu\""},
-      {train.main_grad == "bf16", "train.main_grad = \"bf16\": the cpu back end has fp32 only"},
-      {!train.recompute.empty(),
-       fmt::format("train.recompute = {}: the cpu back end keeps every activation, use []",
-                   put(train.recompute).json())},
-      {train.global_batch_size % train.micro_batch_size != 0,
-       fmt::format("train.global_batch_size = {} is not a multiple of train.micro_batch_size = {}",
-                   train.global_batch_size, train.micro_batch_size)},
-      {optimizer.schedule == "wsd" && optimizer.warmup_ratio + optimizer.decay_ratio > 1,
-       fmt::format("optimizer.warmup_ratio = {} and decay_ratio = {} are more than 1 together",
-                   optimizer.warmup_ratio, optimizer.decay_ratio)},
-      {balance.coefficient > 0 && balance.loss == "none",
-       fmt::format("balance.coefficient = {} needs balance.loss, which is \"none\"",
-                   balance.coefficient)},
-      {eval.every > 0 && data.validation.empty(),
-       fmt::format("eval.every = {} needs data.validation, which is empty", eval.every)},
-      {train.force_balance && !trace.replay.empty(),
-       "train.force_balance and trace.replay both decide the routing: use one of them"},
-      {!trace.routing.empty() && trace.routing == trace.replay,
-       fmt::format("trace.routing = \"{}\" would overwrite the trace that trace.replay reads",
-                   trace.routing)},
-  };
-  for (const auto& [refused, why] : refusals)
-    if (refused) fail_input("{}", why);
+       {std::pair("pp", c.mesh.pp), std::pair("cp", c.mesh.cp), std::pair("ep", c.mesh.ep)})
+    refuse(size != 1, "mesh.{} = {} needs several processes: this build runs one process, use 1",
+           key, size);
+  refuse(c.model.empty(), "model is not set: name a config.json or a Hugging Face directory");
+  refuse(c.out.empty(), "out is not set: name the directory that the run writes to");
+  refuse(c.data.train.empty(),
+         "data.train is empty: name at least one corpus, as [[\"corpus/a\", 1.0]]");
+  refuse(c.dtype == "fp64" && c.device == "cuda",
+         "dtype = \"fp64\" runs on the cpu only: use device=\"cpu\", or bf16 or fp32");
+  refuse(c.device == "cuda", "this build has no CUDA back end: use device=\"cpu\"");
+  const TrainConfig& t = c.train;
+  refuse(t.main_grad == "bf16", "train.main_grad = \"bf16\": the cpu back end has fp32 only");
+  refuse(!t.recompute.empty(),
+         "train.recompute = {}: the cpu back end keeps every activation, use []",
+         put(t.recompute).json());
+  refuse(t.global_batch_size % t.micro_batch_size != 0,
+         "train.global_batch_size = {} is not a multiple of train.micro_batch_size = {}",
+         t.global_batch_size, t.micro_batch_size);
+  const OptimizerConfig& o = c.optimizer;
+  refuse(o.schedule == "wsd" && o.warmup_ratio + o.decay_ratio > 1,
+         "optimizer.warmup_ratio = {} and decay_ratio = {} are more than 1 together",
+         o.warmup_ratio, o.decay_ratio);
+  refuse(c.balance.coefficient > 0 && c.balance.loss == "none",
+         "balance.coefficient = {} needs balance.loss, which is \"none\"", c.balance.coefficient);
+  refuse(c.eval.every > 0 && c.data.validation.empty(),
+         "eval.every = {} needs data.validation, which is empty", c.eval.every);
+  refuse(t.force_balance && !c.trace.replay.empty(),
+         "train.force_balance and trace.replay both decide the routing: use one of them");
+  refuse(!c.trace.routing.empty() && c.trace.routing == c.trace.replay,
+         "trace.routing = \"{}\" would overwrite the trace that trace.replay reads",
+         c.trace.routing);
 }
+
+}  // namespace
 
 std::string RunConfig::to_toml() const {
   std::string text, section;
@@ -281,13 +270,13 @@ std::string RunConfig::to_toml() const {
 RunConfig load_run_config(const std::string& path, const std::vector<std::string>& overrides) {
   Found found;
   collect(parse_toml(read_file(path), path), "", found);
-  for (const std::string& text : overrides) collect_override(text, found);
+  for (const std::string& text : overrides) collect(parse_override(text), "", found);
   RunConfig config;
   for_each_key(config, [&](const char* key, auto& member, const Rule&) {
     if (found.count(key)) get(found[key], member);
   });
   try {
-    config.validate();
+    check(config);
   } catch (const InputError& e) {
     fail_input("{}: {}", path, e.what());
   }

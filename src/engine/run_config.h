@@ -2,16 +2,12 @@
 // The run file: plain structs, one member per key, whose defaults are the defaults of the keys.
 // Paths are relative to the working directory.
 
-#include <array>
-#include <string>
-#include <vector>
+#include "core/error.h"
 
 namespace pith {
 
-struct WeightedCorpus {
-  std::string prefix;   // of PREFIX.bin and PREFIX.idx
-  double weight = 1.0;  // share of the tokens, relative to the other corpora
-};
+// The prefix of PREFIX.bin and PREFIX.idx, and its share of the tokens relative to other corpora.
+using WeightedCorpus = std::pair<std::string, double>;
 
 struct DataConfig {
   std::vector<WeightedCorpus> train;    // required
@@ -33,6 +29,7 @@ struct TrainConfig {
   std::vector<std::string> recompute;
 
   int64_t micro_batches() const { return global_batch_size / micro_batch_size; }
+  int64_t last_step() const { return stop_after > 0 ? std::min(stop_after, steps) : steps; }
 };
 
 struct OptimizerConfig {
@@ -95,17 +92,14 @@ struct RunConfig {
     bool check_finite = false;
   } debug;
 
-  // Every rule that concerns the run file alone. InputError with one sentence: the key, its value
-  // and what would be right.
-  void validate() const;
-
   // The resolved configuration, every key written out. load_run_config reads the same back.
   std::string to_toml() const;
 };
 
 // Reads the run file, applies `overrides` ("section.key=value" with a TOML value; what is no TOML
-// value, as in device=cpu, is a string) and validates. InputError names file, line and key:
-// "run.toml:12: train.step: unknown key; did you mean train.steps?".
+// value, as in device=cpu, is a string) and checks every rule that concerns the run file alone.
+// InputError names file, line and key: "run.toml:12: train.step: unknown key; did you mean
+// train.steps?", or the key, its value and what would be right.
 RunConfig load_run_config(const std::string& path, const std::vector<std::string>& overrides = {});
 
 }  // namespace pith

@@ -6,8 +6,6 @@
 #include <chrono>
 #include <ctime>
 
-#include "core/error.h"
-
 namespace pith {
 namespace {
 

@@ -1,7 +1,5 @@
 #include "engine/trace.h"
 
-#include <filesystem>
-
 #include "engine/npz.h"
 
 namespace pith {
@@ -19,38 +17,31 @@ void write_routing_trace(const std::string& directory, int64_t step, const StepS
   const int64_t layers = int64_t(sums.trace[0].size()), k = sums.trace[0][0].ids.dim(1);
   std::vector<int32_t> ids;
   std::vector<float> weights;
-  for (int64_t layer = 0; layer < layers; ++layer) {
+  for (size_t layer = 0; layer < sums.trace[0].size(); ++layer) {
     for (const std::vector<Routing>& micro_batch : sums.trace) {
-      const std::vector<int32_t> i = micro_batch[size_t(layer)].ids.to_vector<int32_t>();
-      const std::vector<float> w = micro_batch[size_t(layer)].weights.to_vector<float>();
+      const auto i = micro_batch[layer].ids.to_vector<int32_t>();
+      const auto w = micro_batch[layer].weights.to_vector<float>();
       ids.insert(ids.end(), i.begin(), i.end());
       weights.insert(weights.end(), w.begin(), w.end());
     }
   }
-  std::filesystem::create_directories(directory);
-  const std::vector<int64_t> shape = {layers, batch.batch, batch.sequence, k};
-  write_npz(trace_path(directory, step),
-            {{"expert_ids", shape, ids}, {"gate_weights", shape, weights}});
+  const Shape shape = {layers, batch.batch, batch.sequence, k};
+  write_npz(trace_path(directory, step), {{"expert_ids", Tensor::of<int32_t>(shape, ids)},
+                                          {"gate_weights", Tensor::of<float>(shape, weights)}});
 }
 
 std::vector<Tensor> read_routing_trace(const std::string& directory, int64_t step,
                                        const Model::Size& model, const Batch& batch) {
   const std::string path = trace_path(directory, step);
-  const std::vector<int64_t> want = {model.moe_layers, batch.batch, batch.sequence, model.top_k};
-  for (const NpyArray& a : read_npz(path)) {
-    if (a.name != "expert_ids") continue;
-    const auto* ids = std::get_if<std::vector<int32_t>>(&a.data);
-    if (!ids || a.shape != want)
-      fail_input("{}: expert_ids is {}, this run routes int32 {}", path, Shape(a.shape).str(),
-                 Shape(want).str());
-    std::vector<Tensor> layers;
-    const int64_t rows = batch.batch * batch.sequence, n = rows * model.top_k;
-    for (int64_t l = 0; l < model.moe_layers; ++l)
-      layers.push_back(Tensor::of<int32_t>({rows, model.top_k},
-                                           std::span(*ids).subspan(size_t(l * n), size_t(n))));
-    return layers;
-  }
-  fail_input("{}: has no array expert_ids", path);
+  const Tensor ids = read_npz(path)["expert_ids"];
+  const Shape want = {model.moe_layers, batch.batch, batch.sequence, model.top_k};
+  if (!ids || ids.dtype() != DType::i32 || ids.shape() != want)
+    fail_input("{}: expert_ids is {}, this run routes int32 {}", path,
+               ids ? ids.shape().str() : "missing", want.str());
+  std::vector<Tensor> layers;
+  for (int64_t l = 0; l < model.moe_layers; ++l)
+    layers.push_back(ids.row_range(l, l + 1).reshape({batch.batch * batch.sequence, model.top_k}));
+  return layers;
 }
 
 }  // namespace pith

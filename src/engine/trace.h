@@ -7,6 +7,7 @@
 
 namespace pith {
 
+// The directory exists.
 void write_routing_trace(const std::string& directory, int64_t step, const StepSums& sums,
                          const Batch& batch);
 

@@ -1,13 +1,10 @@
 #include "engine/train.h"
 
 #include <atomic>
-#include <cmath>
 #include <csignal>
 #include <filesystem>
-#include <numeric>
 
 #include "core/profile.h"
-#include "data/tokenizer.h"
 #include "engine/checkpoint.h"
 #include "engine/lr.h"
 #include "engine/metrics.h"
@@ -24,74 +21,67 @@ void request_stop(int signal) {
   if (stop_signal.exchange(signal) && signal == SIGINT) _Exit(130);
 }
 
-void catch_stop_signals() {
-  struct sigaction action {};
-  action.sa_handler = request_stop;
-  action.sa_flags = SA_RESTART;  // a save under way must not see interrupted system calls
-  for (int s : {SIGTERM, SIGUSR1, SIGINT}) sigaction(s, &action, nullptr);
-}
-
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-std::vector<double> statistic(const StepSums& sums, const char* name) {
-  const auto found = sums.statistics.find(name);
-  return found == sums.statistics.end() ? std::vector<double>() : found->second.to_vector<double>();
-}
-
 double mean_statistic(const StepSums& sums, const char* name, double count) {
-  const std::vector<double> sum = statistic(sums, name);
-  return sum.empty() || count == 0 ? 0 : sum[0] / count;
+  const auto sum = sums.statistics.find(name);
+  return sum == sums.statistics.end() || count == 0 ? 0 : value_of(sum->second) / count;
 }
 
 // Per MoE layer: tokens of the busiest expert over the mean.
 std::vector<LayerLoad> expert_load(const StepSums& sums, const Model& model) {
   std::vector<LayerLoad> load;
-  const std::vector<double> counts = statistic(sums, "expert_count");
-  const int64_t experts = model.size.experts;
-  auto row = counts.begin();
-  for (size_t l = 0; row != counts.end(); ++l, row += experts) {
-    const double total = std::accumulate(row, row + experts, 0.0),
-                 most = *std::max_element(row, row + experts);
-    load.push_back({int(model.moe_layers[l]), total > 0 ? most * double(experts) / total : 0});
+  if (!sums.statistics.contains("expert_count")) return load;
+  const std::vector<double> counts = sums.statistics.at("expert_count").to_vector<double>();
+  const size_t experts = size_t(model.size.experts);
+  for (const int64_t layer : model.moe_layers) {
+    const auto row = std::span(counts).subspan(load.size() * experts, experts);
+    const double total = std::accumulate(row.begin(), row.end(), 0.0);
+    load.push_back({int(layer), total > 0 ? std::ranges::max(row) * double(experts) / total : 0});
   }
   return load;
 }
 
-Loader training_loader(const RunConfig& run, const Model& model) {
-  const DataConfig& data = run.data;
-  std::vector<std::pair<std::string, double>> weighted;
-  for (const WeightedCorpus& c : data.train) weighted.emplace_back(c.prefix, c.weight);
-  return Loader(weighted, data.sequence_length, model.size.vocabulary, data.document_mask,
-                uint64_t(run.train.seed));
+void make_directory(const std::string& path) {
+  std::error_code error;
+  std::filesystem::create_directories(path, error);
+  if (error) fail_input("the directory {} cannot be created: {}", path, error.message());
 }
 
-std::optional<Loader> validation_loader(const RunConfig& run, const Model& model) {
-  const DataConfig& data = run.data;
-  if (data.validation.empty() || run.eval.every == 0) return std::nullopt;
-  return Loader::sequential(data.validation, data.sequence_length, model.size.vocabulary,
-                            data.document_mask);
+// A run directory that is not to be continued must be empty, but for what a run that failed at once
+// leaves.
+void require_empty(const std::string& out) {
+  for (const auto& entry : std::filesystem::directory_iterator(out))
+    if (const std::string name = entry.path().filename(); name != ".lock" && name != "logs")
+      fail_input("{} is not empty ({}) and resume = false: choose another out, or remove it", out,
+                 name);
 }
 
 // One run: everything that lives from the first step to the last.
 struct Trainer {
   const RunConfig& run;
-  Context context = {.dtype = run_dtype(run), .check_finite = run.debug.check_finite};
+  Context context = {.dtype = parse_dtype(run.dtype), .check_finite = run.debug.check_finite};
   std::unique_ptr<Model> model =
       make_model(read_model_config(run.model), model_options(run, Device::cpu));
   Optimizer optimizer = {model->params, run, context};
   Pipeline pipeline = {*model, context, run.train};
-  Loader loader = training_loader(run, *model);
-  std::optional<Loader> validation = validation_loader(run, *model);
+  Loader loader = {run.data.train, run.data.sequence_length, model->size.vocabulary,
+                   run.data.document_mask, uint64_t(run.train.seed)};
+  std::optional<Loader> validation = {};
   Checkpoints checkpoints = {run, *model, optimizer};
   double peak_flops = measure_peak_flops(context.dtype);
 
+  // From the newest checkpoint, the weights of a directory or random ones; gives the updates done.
   int64_t start() {
+    if (run.eval.every > 0)
+      validation.emplace(Loader::sequential(run.data.validation, run.data.sequence_length,
+                                            model->size.vocabulary, run.data.document_mask));
     const std::string last = Checkpoints::latest(run.out);
     if (!last.empty()) {
       const int64_t step = checkpoints.load(last);
-      fmt::print(stderr, "continuing from {}\n", last);
+      say(stderr, fmt::format("continuing from {}\n", last));
       return step;
     }
     model->params.initialize(uint64_t(run.train.seed), model->size.init_std);
@@ -105,6 +95,12 @@ struct Trainer {
         std::min(validation->size(), run.eval.batches * run.train.micro_batch_size);
     const StepSums sums = pipeline.evaluate(validation->batch(0, rows));
     return sums.loss / sums.labels;
+  }
+
+  // Where no update has a step line of its own to say it.
+  void say_validation_loss(int64_t step) {
+    say(stdout, fmt::format("step {}/{}  validation_loss {:.4f}\n", step, run.train.steps,
+                            validation_loss()));
   }
 
   // One update; `step` is its 1-based number.
@@ -121,19 +117,20 @@ struct Trainer {
       replay = read_routing_trace(run.trace.replay, step, model->size, batch);
     const StepSums sums = pipeline.train_step(batch, !run.trace.routing.empty(), replay);
     const Optimizer::Norm norm = optimizer.grad_norm(sums.labels);
-    if (!norm.finite || !std::isfinite(sums.loss))
+    if (!norm.finite() || !std::isfinite(sums.loss))
       fail(
           "step {}: the {} is not finite (loss {}); nothing was updated. "
           "debug.check_finite=true names the op",
-          step, norm.finite ? "loss" : "gradient of " + norm.first_bad, sums.loss / sums.labels);
+          step, norm.finite() ? "loss" : "gradient of " + norm.first_bad, sums.loss / sums.labels);
     StepMetrics m;
     m.lr = learning_rate(run.optimizer, run.train.steps, step);
     optimizer.update(m.lr, step, norm, sums.labels);
     model->after_step(sums.statistics);
     if (!run.trace.routing.empty()) write_routing_trace(run.trace.routing, step, sums, batch);
     if (profiled) {
-      std::filesystem::create_directories(run.out + "/profile");
+      make_directory(run.out + "/profile");
       write_chrome_trace(fmt::format("{}/profile/step-{:08d}.json", run.out, step), events);
+      context.timeline = nullptr;  // `events` ends here, validation may follow
     }
 
     const double tokens = double(batch.batch * batch.sequence),
@@ -153,45 +150,24 @@ struct Trainer {
   }
 };
 
-// A run directory that is not to be continued must be empty, but for what this
-// process just put there.
-void prepare_directory(const std::string& path, bool may_continue) {
-  std::error_code error;
-  std::filesystem::create_directories(path, error);
-  if (error) fail_input("the directory {} cannot be created: {}", path, error.message());
-  if (may_continue) return;
-  for (const auto& entry : std::filesystem::directory_iterator(path))
-    if (entry.path().filename() != ".lock")
-      fail_input("{} is not empty ({}) and resume = false: choose another out, or remove it", path,
-                 entry.path().filename().string());
-}
-
-void check_tokenizer(const RunConfig& run, const Model& model) {
-  if (run.tokenizer.empty()) return;
-  const int64_t tokens = Tokenizer(run.tokenizer).vocab_size();
-  if (tokens > model.size.vocabulary)
-    fail_input("{} has {} tokens, the model's vocab_size is {}", run.tokenizer, tokens,
-               model.size.vocabulary);
-}
-
 }  // namespace
 
 void train(const RunConfig& run) {
   const Plan plan = make_plan(run);
-  fmt::print(stderr, "{}", plan.table());
-  prepare_directory(run.out, run.resume);
-  if (!run.trace.routing.empty()) prepare_directory(run.trace.routing, true);
+  make_directory(run.out + "/logs");
+  if (!run.resume) require_empty(run.out);
+  if (!run.trace.routing.empty()) make_directory(run.trace.routing);
   const RunLock lock(run.out);
+  open_log(run.out + "/logs/rank-0.log");
+  say(stderr, plan.table());
   Trainer trainer{run};
-  check_tokenizer(run, *trainer.model);
-  catch_stop_signals();
+  // As the C library's signal() does it, system calls of a save under way go on.
+  for (int s : {SIGTERM, SIGUSR1, SIGINT}) std::signal(s, request_stop);
   const auto begin = std::chrono::steady_clock::now();
   int64_t step = trainer.start(), saved = step;
-  const int64_t steps = run.train.steps, stop = run.train.stop_after;
-  const int64_t last = stop > 0 ? std::min(stop, steps) : steps;
-  if (trainer.validation && step == 0)
-    fmt::print("step 0/{}  validation_loss {:.4f}\n", steps, trainer.validation_loss());
-  Metrics metrics(run.out, step, steps);
+  const int64_t steps = run.train.steps, last = run.train.last_step();
+  if (trainer.validation && step == 0) trainer.say_validation_loss(step);
+  Metrics metrics(run, step);
   const auto due = [&](int64_t every) { return every > 0 && step % every == 0; };
   const double limit = run.train.max_minutes > 0 ? 60 * run.train.max_minutes : HUGE_VAL;
 
@@ -206,14 +182,15 @@ void train(const RunConfig& run) {
   }
   if (saved != step) trainer.checkpoints.save(step);
   trainer.checkpoints.finish();
-  if (trainer.validation && step < steps && step > 0)
-    fmt::print("step {}/{}  validation_loss {:.4f}\n", step, steps, trainer.validation_loss());
+  if (trainer.validation && step < steps && step > 0) trainer.say_validation_loss(step);
   const char* why = stop_signal   ? "stopped by a signal"
                     : step < last ? "train.max_minutes is up"
                                   : "done";
-  fmt::print(stderr, "{} after step {}; peak memory {:.3f} GB, planned {:.3f} GB; model in {}\n",
-             why, step, double(memory::peak(Device::cpu)) / 1e9, double(plan.peak_bytes) / 1e9,
-             Checkpoints::latest(run.out).empty() ? "no checkpoint yet" : run.out + "/latest");
+  say(stderr,
+      fmt::format(
+          "{} after step {}; peak memory {:.3f} GB, planned {:.3f} GB; model in {}\n", why, step,
+          double(memory::peak(Device::cpu)) / 1e9, double(plan.peak_bytes) / 1e9,
+          Checkpoints::latest(run.out).empty() ? "no checkpoint yet" : run.out + "/latest"));
 }
 
 }  // namespace pith

@@ -1,379 +1,303 @@
 #include "ops/attention.h"
 
-#include <omp.h>
-
-#include <algorithm>
-#include <cmath>
-#include <limits>
-#include <numbers>
-
-#include "ops/block_gemm.h"
+#include "ops/gemm.h"
 #include "ops/simd.h"
 
-// Flash attention (Dao, "FlashAttention-2", 2023) on blocks of 64 rows and 64 keys. A row is a
-// (token, query head) pair of one k/v head, token by token, so that the heads of a group share the
-// packed keys and a block spans few positions. Scores are kept transposed, [key, row]: the softmax
-// runs down the lanes of a vector and needs no horizontal sums.
+// Flash attention (Dao, "FlashAttention-2", 2023): blocks of rows against blocks of keys, with the
+// products from the library. A row is a (token, query head) pair of one k/v head, token by token:
+// the heads of a group share the keys, and a block spans few positions. A block is packed into
+// scratch memory in the accumulation type.
 
 namespace pith {
 namespace {
 
-using cpu::block_gemm;
-using cpu::exp2_of;
-using cpu::kTileCols;
-using cpu::kTileRows;
-using cpu::kWidth;
-using cpu::narrow;
-using cpu::round_up;
-using cpu::vec;
+using cpu::Acc;
 
-constexpr int64_t kKeys = 64, kRows = 64;
-constexpr double kFlopsForThreads = 1e6;  // some microseconds on one core
+constexpr int64_t kRows = 96, kKeys = 256;  // 96: whole tokens of most groups
 
-// Elements between packed rows: whole tiles, and one vector more so that a column of rows does not
-// fall on few cache sets.
-template <class F> int64_t packed_width(int64_t dim) {
-  return round_up(dim, kTileCols<F>) + kWidth<F>;
-}
-
-// What is attended to by what. Queries are the positions first .. first + queries - 1 of each
-// sequence, keys 0 .. keys - 1.
-struct Problem {
-  int64_t batch, queries, keys, first, heads, kv_heads, dim, window;
-  Tensor document_start;  // or empty
-  int64_t group() const { return heads / kv_heads; }
-  int64_t rows() const { return queries * group(); }
-  int64_t row_blocks() const { return (rows() + kRows - 1) / kRows; }
-  int64_t padded_keys() const { return round_up(keys, kKeys); }
-  int64_t kv_count() const { return batch * kv_heads; }
+struct Range {
+  int64_t begin, end;
+  int64_t count() const { return end - begin; }
 };
 
-// Useful work: 4 D for every (query, key) pair a causal mask and the window leave, documents not
-// counted.
-double forward_flops(const Problem& n) {
-  double pairs = 0;
-  for (int64_t i = 0; i < n.queries; ++i) {
-    const int64_t seen = n.first + i + 1;
-    pairs += double(n.window ? std::min(seen, n.window) : seen);
-  }
-  return 4.0 * double(n.batch * n.heads * n.dim) * pairs;
-}
+// What is attended to by what: queries are the positions first .. first + s.sequence - 1 of each
+// sequence, keys 0 .. keys - 1.
+struct Problem {
+  AttentionShape s;
+  int64_t keys, first, window;
+  Tensor document_start;  // or empty
 
-// The heads of one kind in a packed tensor: dim consecutive elements each, stride elements from
-// token to token.
+  int64_t group() const { return s.heads / s.kv_heads; }
+  int64_t kv_count() const { return s.batch * s.kv_heads; }
+  int64_t block_tokens() const { return std::max<int64_t>(1, kRows / group()); }
+  int64_t block_rows() const { return block_tokens() * group(); }
+  int64_t blocks() const { return (s.sequence + block_tokens() - 1) / block_tokens(); }
+  // Backward runs in tasks (k/v head, part): a part takes every parts-th block of rows and sums the
+  // gradients of keys and values in a buffer of its own; the parts are then added in order. Their
+  // number depends on shapes alone, so the result does not depend on threads.
+  int64_t parts() const {
+    constexpr int64_t tasks = 16;
+    return std::max<int64_t>(1, std::min(tasks / std::max<int64_t>(1, kv_count()), blocks()));
+  }
+  // The keys that query i of sequence b sees.
+  Range seen(int64_t b, int64_t i) const {
+    const int64_t end = first + i + 1;
+    int64_t begin = window ? std::max<int64_t>(0, end - window) : 0;
+    if (document_start)
+      begin = std::max<int64_t>(begin, document_start.data<int32_t>()[b * s.sequence + i]);
+    return {std::min(begin, end), end};
+  }
+  // Useful work: 4 D for every (query, key) pair a causal mask and the window leave, documents not
+  // counted.
+  double flops() const {
+    double pairs = 0;
+    for (int64_t end = first + 1; end <= first + s.sequence; ++end)
+      pairs += double(window ? std::min(end, window) : end);
+    return 4.0 * double(s.batch * s.heads * s.head_dim) * pairs;
+  }
+};
+
+// The rows of k/v head `kv` of a sequence that belong to tokens [first, first + count).
+struct Block {
+  const Problem& n;
+  int64_t batch, kv, first, count, rows;
+  Range keys;  // all that any row sees
+
+  Block(const Problem& n, int64_t kv_of_batch, int64_t index)
+      : n(n),
+        batch(kv_of_batch / n.s.kv_heads),
+        kv(kv_of_batch % n.s.kv_heads),
+        first(index * n.block_tokens()),
+        count(std::min(n.block_tokens(), n.s.sequence - first)),
+        rows(count * n.group()),
+        keys(n.seen(batch, first)) {
+    for (int64_t i = first; i < first + count; ++i)
+      keys = {std::min(keys.begin, n.seen(batch, i).begin), n.seen(batch, i).end};
+  }
+  // f(keys) for one block of keys after the other.
+  template <class F> void for_keys(F f) const {
+    for (int64_t at = keys.begin; at < keys.end; at += kKeys)
+      f(Range{at, std::min(keys.end, at + kKeys)});
+  }
+  // f(row, its scores) for every row, those of keys it does not see set to -inf.
+  template <class A, class F> void for_rows(Range at, A* scores, F f) const {
+    for (int64_t r = 0; r < rows; ++r, scores += at.count()) {
+      const Range seen = n.seen(batch, first + r / n.group());
+      constexpr A never = -std::numeric_limits<A>::infinity();
+      std::fill(scores, scores + std::clamp(seen.begin, at.begin, at.end) - at.begin, never);
+      std::fill(scores + std::clamp(seen.end, at.begin, at.end) - at.begin, scores + at.count(),
+                never);
+      f(r, scores);
+    }
+  }
+};
+
+// The columns of a matrix of tokens that belong to each k/v head: `width` consecutive ones.
 template <class T> struct Heads {
+  using F = Acc<std::remove_const_t<T>>;
   T* data;
-  int64_t stride, dim;
-  T* at(int64_t token, int64_t head) const { return data + token * stride + head * dim; }
+  int64_t stride, width;  // of a token, of a head
+  T* at(int64_t token, int64_t kv) const { return data + token * stride + kv * width; }
+
+  // to = factor * those of `count` tokens
+  void load(int64_t token, int64_t kv, int64_t count, F factor, F* to) const {
+    for (int64_t i = 0; i < count; ++i)
+      cpu::store(to + i * width, false, width,
+                 [=, x = at(token + i, kv)](int64_t j) { return factor * F(x[j]); });
+  }
+  void load(const Block& b, F factor, F* to) const {
+    load(b.batch * b.n.s.sequence + b.first, b.kv, b.count, factor, to);
+  }
+  void load(const Block& b, Range keys, F* to) const {
+    load(b.batch * b.n.keys + keys.begin, b.kv, keys.count(), F(1), to);
+  }
+  void store(const Block& b, F factor, const F* from, bool add) const {
+    for (int64_t i = 0; i < b.count; ++i)
+      cpu::store(at(b.batch * b.n.s.sequence + b.first + i, b.kv), add, width,
+                 [=, x = from + i * width](int64_t j) { return factor * x[j]; });
+  }
 };
 
 template <class T> struct Qkv { Heads<T> q, k, v; };
 template <class T> Qkv<T> split(T* data, const AttentionShape& s) {
-  return {{data, s.width(), s.head_dim},
-          {data + s.heads * s.head_dim, s.width(), s.head_dim},
-          {data + (s.heads + s.kv_heads) * s.head_dim, s.width(), s.head_dim}};
+  const int64_t dim = s.head_dim, width = s.width(), q_width = s.heads * dim;
+  return {{data, width, q_width / s.kv_heads},
+          {data + q_width, width, dim},
+          {data + q_width + s.kv_heads * dim, width, dim}};
 }
 
-// Rows [first, first + rows) of k/v head `kv` (counted over the batch), and the keys they see:
-// `any` of them, `all` of them, and row by row (in floating point, to be compared in vectors). Rows
-// past the end see nothing.
-template <class F> struct RowBlock {
-  struct Range {
-    int64_t begin, end;
-  };
-  const Problem& n;
-  int64_t kv, first, rows;
-  Range any, all = {0, 0};
-  alignas(64) F begin[kRows], end[kRows];
-
-  RowBlock(const Problem& n, int64_t kv, int64_t block)
-      : n(n),
-        kv(kv),
-        first(block * kRows),
-        rows(std::min(kRows, n.rows() - first)),
-        any{n.keys, 0} {
-    const int32_t* document = n.document_start ? n.document_start.data<int32_t>() : nullptr;
-    all.end = rows == kRows ? n.keys : 0;
-    for (int64_t i = 0; i < kRows; ++i) {
-      int64_t from = n.keys, to = 0;
-      if (i < rows) {
-        const int64_t at = (first + i) / n.group(), position = n.first + at;
-        to = position + 1;
-        from = n.window ? std::max<int64_t>(0, to - n.window) : 0;
-        if (document) from = std::max<int64_t>(from, document[token(i)]);
-        any = {std::min(any.begin, from), std::max(any.end, to)};
-        all = {std::max(all.begin, from), std::min(all.end, to)};
-      }
-      begin[i] = F(from);
-      end[i] = F(to);
-    }
-  }
-  int64_t token(int64_t i) const { return kv / n.kv_heads * n.queries + (first + i) / n.group(); }
-  int64_t head(int64_t i) const { return kv % n.kv_heads * n.group() + (first + i) % n.group(); }
-  int64_t lanes() const { return round_up(rows, kTileCols<F>); }
-
-  // The keys of `block` that any row sees, in whole tiles, counted from the block's first.
-  Range in_block(int64_t block) const {
-    const int64_t base = block * kKeys;
-    return {std::max<int64_t>(any.begin - base, 0) / kTileRows * kTileRows,
-            round_up(std::min(any.end - base, kKeys), kTileRows)};
-  }
-  void mask(int64_t block, Range in, F* scores) const {
-    const int64_t base = block * kKeys;
-    const auto never = typename cpu::Simd<F>::V{} - std::numeric_limits<F>::infinity();
-    if (base + in.begin >= all.begin && base + in.end <= all.end) return;
-    for (int64_t j = in.begin; j < in.end; ++j)
-      for (int64_t i = 0; i < lanes(); i += kWidth<F>) {
-        auto& s = vec(scores + j * kRows + i);
-        const F key = F(base + j);
-        s = (vec(begin + i) > key) | (vec(end + i) <= key) ? never : s;
-      }
-  }
-  // dst[i] = factor * row i of src, zero-padded to whole vectors and rows.
-  template <class T> void pack(Heads<const T> src, F factor, F* dst) const {
-    const int64_t width = packed_width<F>(n.dim);
-    std::fill_n(dst + rows * width, (kRows - rows) * width, F(0));
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* x = src.at(token(i), head(i));
-      for (int64_t d = 0; d < n.dim; ++d) dst[i * width + d] = factor * F(x[d]);
-      std::fill(dst + i * width + n.dim, dst + (i + 1) * width, F(0));
-    }
-  }
-  // dst[d, i] = factor * packed[i, d]
-  void transpose(const F* packed, F factor, F* dst) const {
-    const int64_t width = packed_width<F>(n.dim);
-    for (int64_t i = 0; i < lanes(); ++i)
-      for (int64_t d = 0; d < n.dim; ++d) dst[d * kRows + i] = factor * packed[i * width + d];
-  }
-};
-
-// Keys or values of every k/v head, [kv heads of the batch, blocks * 64, packed width],
-// zero-padded. Work-shared without a barrier, like sum_parts.
-template <class T, class F> void pack_keys(const Problem& n, Heads<const T> src, F* dst) {
-  const int64_t width = packed_width<F>(n.dim), padded = n.padded_keys();
-#pragma omp for schedule(static) nowait
-  for (int64_t r = 0; r < n.kv_count() * padded; ++r) {
-    const int64_t kv = r / padded, j = r % padded, filled = j < n.keys ? n.dim : 0;
-    const T* x = src.at(kv / n.kv_heads * n.keys + std::min(j, n.keys - 1), kv % n.kv_heads);
-    for (int64_t d = 0; d < filled; ++d) dst[r * width + d] = F(x[d]);
-    std::fill(dst + r * width + filled, dst + (r + 1) * width, F(0));
-  }
-}
-
-// Online softmax of one block of scores (base 2): scores become weights, `top` and `sum` the
-// running maximum and sum of each row, `keep` the factor on what was summed before.
+// C[m, n] = (add ? C : 0) + op(A) op(B)
 template <class F>
-void softmax_block(int64_t begin, int64_t end, int64_t lanes, F* scores, F* top, F* sum, F* keep) {
-  for (int64_t i = 0; i < lanes; i += kWidth<F>) {
-    const auto before = vec(top + i);
-    auto m = before;
-    for (int64_t j = begin; j < end; ++j) {
-      const auto s = vec(scores + j * kRows + i);
-      m = s > m ? s : m;
-    }
-    typename cpu::Simd<F>::V total = {};
-    for (int64_t j = begin; j < end; ++j) {
-      auto& s = vec(scores + j * kRows + i);
-      s = exp2_of(s - m);
-      total += s;
-    }
-    const auto factor = exp2_of(before - m);
-    vec(keep + i) = factor;
-    vec(sum + i) = vec(sum + i) * factor + total;
-    vec(top + i) = m;
-  }
+void multiply(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const F* a, const F* b,
+              F* c, bool add) {
+  constexpr DType t = dtype_of<F>();
+  cpu::gemm(trans_a, trans_b, m, n, k, a, b, t, c, t, add);
 }
 
-template <class F> int64_t forward_scratch(int64_t dim) {
-  return kRows * (dim + packed_width<F>(dim) + kKeys);
+// One row of scores of n keys: p = exp(p - top). top and sum are of the keys so far; returns the
+// factor on what was summed with the top before.
+template <class F> F softmax_row(int64_t n, F* p, F& top, F& sum) {
+  F high = top;
+  const F more = cpu::exp_row(p, p, n, high), keep = sum == 0 ? F(1) : cpu::fast_exp(top - high);
+  sum = sum * keep + more;
+  top = high;
+  return keep;
 }
 
-// lse (may be null): log2 of the sum of exponentials, [token, query head].
-template <class T, class F>
-void forward_rows(const RowBlock<F>& rows, Heads<const T> q, const F* keys, const F* values,
-                  F scale, Heads<T> out, F* lse, F* scratch) {
-  const Problem& n = rows.n;
-  const int64_t width = packed_width<F>(n.dim), lanes = rows.lanes();
-  F *acc = scratch, *scores = acc + kRows * width, *q_t = scores + kKeys * kRows;
-  alignas(64) F top[kRows], sum[kRows] = {}, keep[kRows];
-  rows.pack(q, F(1), acc);
-  rows.transpose(acc, scale * std::numbers::log2e_v<F>, q_t);
-  std::fill_n(acc, kRows * width, F(0));
-  std::fill_n(top, kRows, F(-1e30));  // finite: a row that sees nothing yet must not give inf - inf
-  for (int64_t block = rows.any.begin / kKeys; block * kKeys < rows.any.end; ++block) {
-    const auto in = rows.in_block(block);
-    const int64_t at = rows.kv * n.padded_keys() + block * kKeys + in.begin;
-    block_gemm<false>(in.end - in.begin, lanes, n.dim, keys + at * width, width, q_t, kRows,
-                      scores + in.begin * kRows, kRows, false);
-    rows.mask(block, in, scores);
-    softmax_block(in.begin, in.end, lanes, scores, top, sum, keep);
-    for (int64_t i = 0; i < rows.rows; ++i)
-      if (keep[i] != 1)
-        for (int64_t d = 0; d < n.dim; ++d) acc[i * width + d] *= keep[i];
-    block_gemm<true>(rows.rows, n.dim, in.end - in.begin, scores + in.begin * kRows, kRows,
-                     values + at * width, width, acc, width, true);
+// What a thread needs for a block: q, dy and y [rows, D], k and v [keys, D], the scores p and ds
+// [rows, keys], and two numbers for each row.
+template <class F> struct Scratch {
+  F *q, *dy, *y, *k, *v, *p, *ds, *top, *sum;
+  Scratch(const Problem& n, Tensor& memory) {
+    F* at = memory.data<F>() + omp_get_thread_num() * memory.dim(1);
+    const int64_t rows = n.block_rows(), keys = std::min(n.keys, kKeys), dim = n.s.head_dim;
+    for (F** of_rows : {&q, &dy, &y}) at = (*of_rows = at) + rows * dim;
+    for (F** of_keys : {&k, &v}) at = (*of_keys = at) + keys * dim;
+    for (F** scores : {&p, &ds}) at = (*scores = at) + rows * keys;
+    for (F** numbers : {&top, &sum}) at = (*numbers = at) + rows;
   }
-  for (int64_t i = 0; i < rows.rows; ++i) {
-    T* y = out.at(rows.token(i), rows.head(i));
-    const F inverse = sum[i] == 0 ? F(0) : 1 / sum[i];
-    for (int64_t d = 0; d < n.dim; ++d) y[d] = narrow<T>(acc[i * width + d] * inverse);
-    if (lse)
-      lse[rows.token(i) * n.heads + rows.head(i)] = sum[i] == 0 ? F(0) : top[i] + std::log2(sum[i]);
-  }
-}
-
-// Workspaces, in the accumulation type. Backward runs in tasks (k/v head, part): a part takes every
-// parts-th block of rows and sums dk and dv in a buffer of its own; the parts are then added in
-// order. Their number depends on shapes alone, so the result does not depend on threads.
-struct Space {
-  Tensor keys, values, d_keys, d_values, scratch;
 };
-int64_t backward_parts(const Problem& n) {
-  constexpr int64_t tasks = 16;
-  return std::max<int64_t>(1, std::min(tasks / std::max<int64_t>(1, n.kv_count()), n.row_blocks()));
-}
-template <class F> int64_t backward_scratch(int64_t dim) {
-  return kRows * (2 * dim + 3 * packed_width<F>(dim) + 2 * kKeys);
+Tensor make_scratch(Op& op, const Problem& n, DType wide) {
+  const int64_t rows = n.block_rows(), keys = std::min(n.keys, kKeys);
+  const int64_t size = (3 * rows + 2 * keys) * n.s.head_dim + 2 * rows * (keys + 1);
+  return op.workspace("attention_scratch", {omp_get_max_threads(), size}, wide);
 }
 
-Space space_for(Op& op, const Problem& n, bool backward, DType wide) {
-  return by_float(wide, [&](auto z) -> Space {
-    using F = cpu::Acc<decltype(z)>;
-    const auto packed = [&](const char* name, int64_t parts) {
-      return op.workspace(name, {n.kv_count(), parts, n.padded_keys(), packed_width<F>(n.dim)},
-                          wide);
-    };
-    const int64_t scratch = backward ? backward_scratch<F>(n.dim) : forward_scratch<F>(n.dim);
-    const int64_t parts = backward_parts(n);
-    return {packed("attention_keys", 1), packed("attention_values", 1),
-            backward ? packed("attention_d_keys", parts) : Tensor(),
-            backward ? packed("attention_d_values", parts) : Tensor(),
-            op.workspace("attention_scratch", {omp_get_max_threads(), scratch}, wide)};
+// f(task) on one thread each, even if there is only one task: with several, the library may add in
+// another order.
+template <class F> void for_tasks(int64_t count, F f) {
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t task = 0; task < count; ++task) f(task);
+}
+
+// lse: log of the sum of exponentials of each row.
+template <class T, class F>
+void forward(const Block& b, const Qkv<const T>& in, F scale, Heads<T> out, Heads<F> lse,
+             const Scratch<F>& s) {
+  const int64_t rows = b.rows, dim = b.n.s.head_dim;
+  in.q.load(b, scale, s.q);
+  std::fill_n(s.y, rows * dim, F(0));
+  std::fill_n(s.top, rows, F(-1e30));  // finite: a row that sees nothing must not give inf - inf
+  std::fill_n(s.sum, rows, F(0));
+  b.for_keys([&](Range at) {
+    in.k.load(b, at, s.k);
+    in.v.load(b, at, s.v);
+    multiply(false, true, rows, at.count(), dim, s.q, s.k, s.p, false);
+    b.for_rows(at, s.p, [&](int64_t r, F* scores) {
+      const F keep = softmax_row(at.count(), scores, s.top[r], s.sum[r]);
+      if (keep != 1)
+        for (int64_t d = r * dim; d < (r + 1) * dim; ++d) s.y[d] *= keep;
+    });
+    multiply(false, false, rows, dim, at.count(), s.p, s.v, s.y, true);
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    const F inverse = s.sum[r] == 0 ? F(0) : 1 / s.sum[r];
+    for (int64_t d = r * dim; d < (r + 1) * dim; ++d) s.y[d] *= inverse;
+    s.top[r] = s.sum[r] == 0 ? F(0) : s.top[r] + std::log(s.sum[r]);
+  }
+  out.store(b, 1, s.y, false);
+  lse.store(b, 1, s.top, false);
+}
+
+// What backward reads beside q, k and v.
+template <class T> struct Saved {
+  Heads<const T> out, d_out;
+  Heads<const Acc<T>> lse;
+};
+
+// Adds to d_keys and d_values. With P = exp(S - lse): dS = P (dP - delta), where delta is
+// sum(out d_out) of a row.
+template <class T, class F>
+void backward(const Block& b, const Qkv<const T>& in, F scale, const Saved<T>& saved, Heads<T> d_q,
+              bool add, F* d_keys, F* d_values, const Scratch<F>& s) {
+  const int64_t rows = b.rows, dim = b.n.s.head_dim;
+  F *lse = s.top, *delta = s.sum, *dq = s.y;
+  in.q.load(b, scale, s.q);
+  saved.out.load(b, 1, s.y);
+  saved.d_out.load(b, 1, s.dy);
+  saved.lse.load(b, 1, lse);
+  for (int64_t r = 0; r < rows; ++r) delta[r] = cpu::dot(s.y + r * dim, s.dy + r * dim, dim);
+  std::fill_n(dq, rows * dim, F(0));
+  b.for_keys([&](Range at) {
+    const int64_t count = at.count(), from = at.begin * dim;
+    in.k.load(b, at, s.k);
+    in.v.load(b, at, s.v);
+    multiply(false, true, rows, count, dim, s.q, s.k, s.p, false);
+    multiply(false, true, rows, count, dim, s.dy, s.v, s.ds, false);
+    b.for_rows(at, s.p, [&](int64_t r, F* p) {
+      F* ds = s.ds + r * count;
+      const F shift = lse[r], mean = delta[r];
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        p[j] = cpu::fast_exp(p[j] - shift);
+        ds[j] = p[j] * (ds[j] - mean);
+      }
+    });
+    multiply(true, false, count, dim, rows, s.p, s.dy, d_values + from, true);
+    multiply(true, false, count, dim, rows, s.ds, s.q, d_keys + from, true);
+    multiply(false, false, rows, dim, count, s.ds, s.k, dq, true);
+  });
+  d_q.store(b, scale, dq, add);
+}
+
+// to (+)= the sum of the parts [kv heads of the batch, parts, keys, D] of a gradient.
+template <class T> void sum_parts(const Problem& n, const Tensor& parts, Heads<T> to, bool add) {
+  using F = Acc<T>;
+  const int64_t dim = n.s.head_dim, count = parts.dim(1), size = n.keys * dim;
+  cpu::parallel_rows(n.kv_count() * n.keys, count * dim, [&](int64_t r) {
+    const int64_t kv = r / n.keys, key = r % n.keys;
+    const F* from = parts.data<F>() + kv * count * size + key * dim;
+    T* row = to.at(kv / n.s.kv_heads * n.keys + key, kv % n.s.kv_heads);
+    cpu::store(row, add, dim, [=](int64_t d) {
+      F sum = 0;
+      for (int64_t part = 0; part < count; ++part) sum += from[part * size + d];
+      return sum;
+    });
   });
 }
 
-template <class T>
-void forward(const Problem& n, Qkv<const T> in, cpu::Acc<T> scale, Heads<T> out, cpu::Acc<T>* lse,
-             Space& space) {
-  using F = cpu::Acc<T>;
-  F *keys = space.keys.data<F>(), *values = space.values.data<F>(),
-    *scratch = space.scratch.data<F>();
-#pragma omp parallel if (forward_flops(n) > kFlopsForThreads)
-  {
-    pack_keys(n, in.k, keys);
-    pack_keys(n, in.v, values);
-#pragma omp barrier
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t task = 0; task < n.kv_count() * n.row_blocks(); ++task)
-      forward_rows(RowBlock<F>(n, task / n.row_blocks(), task % n.row_blocks()), in.q, keys, values,
-                   scale, out, lse, scratch + omp_get_thread_num() * forward_scratch<F>(n.dim));
-  }
+template <class T, class F = Acc<T>>
+void backward(const Problem& n, const Qkv<const T>& in, float scale, const Saved<T>& saved,
+              Qkv<T> to, bool add, Tensor& d_keys, Tensor& d_values, Tensor& scratch) {
+  const int64_t parts = n.parts(), size = n.keys * n.s.head_dim;
+  for_tasks(n.kv_count() * parts, [&](int64_t task) {
+    F *dk = d_keys.data<F>() + task * size, *dv = d_values.data<F>() + task * size;
+    std::fill_n(dk, size, F(0));
+    std::fill_n(dv, size, F(0));
+    for (int64_t block = task % parts; block < n.blocks(); block += parts)
+      backward(Block(n, task / parts, block), in, F(scale), saved, to.q, add, dk, dv,
+               Scratch<F>(n, scratch));
+  });
+  sum_parts(n, d_keys, to.k, add);
+  sum_parts(n, d_values, to.v, add);
 }
 
-// weights = exp2(scores - lse); d_weights = weights * (d_weights - delta), row by row in lanes.
-template <class F>
-void softmax_backward_block(int64_t begin, int64_t end, int64_t lanes, const F* lse, const F* delta,
-                            F* weights, F* d_weights) {
-  for (int64_t j = begin; j < end; ++j)
-    for (int64_t i = 0; i < lanes; i += kWidth<F>) {
-      auto &p = vec(weights + j * kRows + i), &d = vec(d_weights + j * kRows + i);
-      p = exp2_of(p - vec(lse + i));
-      d = p * (d - vec(delta + i));
-    }
-}
-
-template <class T, class F> struct BackwardInputs {
-  Qkv<const T> in;
-  Heads<const T> out, d_out;
-  F scale;
-  const F *lse, *keys = nullptr, *values = nullptr;  // keys and values packed
+// The result [tokens, Hq D] and lse [tokens, Hq].
+struct Attended {
+  Tensor y, lse;
 };
 
-template <class T, class F>
-void backward_rows(const RowBlock<F>& rows, const BackwardInputs<T, F>& x, Heads<T> dq, bool add,
-                   F* dk, F* dv, F* scratch) {
-  const Problem& n = rows.n;
-  const int64_t width = packed_width<F>(n.dim), lanes = rows.lanes();
-  F *q = scratch, *d_out = q + kRows * width, *d_q = d_out + kRows * width;
-  F *p = d_q + kRows * width, *ds = p + kKeys * kRows, *q_t = ds + kKeys * kRows,
-    *d_out_t = q_t + n.dim * kRows;
-  alignas(64) F lse[kRows] = {}, delta[kRows] = {};
-  rows.pack(x.in.q, x.scale, q);
-  rows.transpose(q, std::numbers::log2e_v<F>, q_t);
-  rows.pack(x.d_out, F(1), d_out);
-  rows.transpose(d_out, F(1), d_out_t);
-  std::fill_n(d_q, kRows * width, F(0));
-  for (int64_t i = 0; i < rows.rows; ++i) {
-    const T* y = x.out.at(rows.token(i), rows.head(i));
-    F sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < n.dim; ++d) sum += F(y[d]) * d_out[i * width + d];
-    delta[i] = sum;
-    lse[i] = x.lse[rows.token(i) * n.heads + rows.head(i)];
-  }
-  for (int64_t block = rows.any.begin / kKeys; block * kKeys < rows.any.end; ++block) {
-    const auto in = rows.in_block(block);
-    const int64_t count = in.end - in.begin, local = (block * kKeys + in.begin) * width;
-    const int64_t at = rows.kv * n.padded_keys() * width + local;
-    F *p_in = p + in.begin * kRows, *ds_in = ds + in.begin * kRows;
-    block_gemm<false>(count, lanes, n.dim, x.keys + at, width, q_t, kRows, p_in, kRows, false);
-    block_gemm<false>(count, lanes, n.dim, x.values + at, width, d_out_t, kRows, ds_in, kRows,
-                      false);
-    rows.mask(block, in, p);
-    softmax_backward_block(in.begin, in.end, lanes, lse, delta, p, ds);
-    block_gemm<false>(count, n.dim, rows.rows, p_in, kRows, d_out, width, dv + local, width, true);
-    block_gemm<false>(count, n.dim, rows.rows, ds_in, kRows, q, width, dk + local, width, true);
-    block_gemm<true>(rows.rows, n.dim, count, ds_in, kRows, x.keys + at, width, d_q, width, true);
-  }
-  for (int64_t i = 0; i < rows.rows; ++i) {
-    T* y = dq.at(rows.token(i), rows.head(i));
-    for (int64_t d = 0; d < n.dim; ++d)
-      y[d] = narrow<T>((add ? F(y[d]) : F(0)) + x.scale * d_q[i * width + d]);
-  }
-}
-
-// Adds the parts of a gradient of keys or values and writes it.
-template <class T, class F>
-void sum_parts(const Problem& n, const F* partial, int64_t parts, Heads<T> dst, bool add) {
-  const int64_t width = packed_width<F>(n.dim), padded = n.padded_keys();
-#pragma omp for schedule(static) nowait
-  for (int64_t r = 0; r < n.kv_count() * n.keys; ++r) {
-    const int64_t kv = r / n.keys, j = r % n.keys;
-    const F* from = partial + (kv * parts * padded + j) * width;
-    T* y = dst.at(kv / n.kv_heads * n.keys + j, kv % n.kv_heads);
-    for (int64_t d = 0; d < n.dim; ++d) {
-      F sum = add ? F(y[d]) : F(0);
-      for (int64_t part = 0; part < parts; ++part) sum += from[part * padded * width + d];
-      y[d] = narrow<T>(sum);
-    }
-  }
-}
-
-template <class T, class F = cpu::Acc<T>>
-void backward(const Problem& n, BackwardInputs<T, F> x, Qkv<T> dst, bool add, Space& space) {
-  const int64_t parts = backward_parts(n), size = n.padded_keys() * packed_width<F>(n.dim);
-  F *keys = space.keys.data<F>(), *values = space.values.data<F>(),
-    *scratch = space.scratch.data<F>();
-  F *d_keys = space.d_keys.data<F>(), *d_values = space.d_values.data<F>();
-  x.keys = keys;
-  x.values = values;
-#pragma omp parallel if (forward_flops(n) > kFlopsForThreads)
-  {
-    pack_keys(n, x.in.k, keys);
-    pack_keys(n, x.in.v, values);
-#pragma omp barrier
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < n.kv_count() * parts; ++task) {
-      F *dk = d_keys + task * size, *dv = d_values + task * size;
-      std::fill_n(dk, size, F(0));
-      std::fill_n(dv, size, F(0));
-      for (int64_t block = task % parts; block < n.row_blocks(); block += parts)
-        backward_rows(RowBlock<F>(n, task / parts, block), x, dst.q, add, dk, dv,
-                      scratch + omp_get_thread_num() * backward_scratch<F>(n.dim));
-    }
-    sum_parts(n, d_keys, parts, dst.k, add);
-    sum_parts(n, d_values, parts, dst.v, add);
-  }
+// The keys and values of a token are consecutive in kv, from column `at` on.
+Attended attend(Op& op, const Problem& n, const Tensor& qkv, const Tensor& kv, int64_t at,
+                float scale, double bytes) {
+  const AttentionShape& s = n.s;
+  const DType wide = master_dtype(qkv.dtype());
+  Attended to{op.output("attention", {qkv.dim(0), s.heads * s.head_dim}, qkv.dtype()),
+              op.workspace("attention_lse", {qkv.dim(0), s.heads}, wide)};
+  Tensor scratch = make_scratch(op, n, wide);
+  cpu::run(op, {.flops = n.flops(), .bytes = bytes + to.y.nbytes()}, qkv.dtype(), [&](auto z) {
+    using T = decltype(z);
+    using F = Acc<T>;
+    const Heads<const T> k{kv.data<T>() + at, kv.cols(), s.head_dim};
+    const Heads<const T> v{k.data + s.kv_heads * s.head_dim, k.stride, k.width};
+    const Heads<T> y{to.y.data<T>(), to.y.dim(1), n.group() * s.head_dim};
+    const Heads<F> lse{to.lse.data<F>(), s.heads, n.group()};
+    for_tasks(n.kv_count() * n.blocks(), [&](int64_t task) {
+      forward<T>(Block(n, task / n.blocks(), task % n.blocks()), {split(qkv.data<T>(), s).q, k, v},
+                 F(scale), y, lse, Scratch<F>(n, scratch));
+    });
+  });
+  return to;
 }
 
 void require_shape(const Op& op, const Tensor& qkv, const AttentionShape& s, int64_t window) {
@@ -397,40 +321,27 @@ Tensor attention(Tape& tape, const Tensor& qkv, const AttentionShape& shape, flo
                         start.device() == qkv.device()),
              "document_start must be int32[{}] on {}, it is {}", qkv.dim(0), name_of(qkv.device()),
              start.str());
-  const DType wide = master_dtype(qkv.dtype());
-  const Problem n{shape.batch,    shape.sequence, shape.sequence, 0,    shape.heads,
-                  shape.kv_heads, shape.head_dim, mask.window,    start};
-  const int64_t out_width = shape.heads * shape.head_dim;
-  Tensor y = op.output("attention", {qkv.dim(0), out_width}, qkv.dtype());
-  Tensor lse = op.workspace("attention_lse", {qkv.dim(0), shape.heads}, wide);
-  const double flops = forward_flops(n), bytes = double(qkv.nbytes() + y.nbytes());
-  {
-    Space space = space_for(op, n, false, wide);
-    op.run({.flops = flops, .bytes = bytes}, [&] {
-      by_float(qkv.dtype(), [&](auto z) {
-        using T = decltype(z);
-        using F = cpu::Acc<T>;
-        forward<T>(n, split(qkv.data<T>(), shape), F(scale),
-                   {y.data<T>(), out_width, shape.head_dim}, lse.data<F>(), space);
-      });
-    });
-  }
-  op.backward([=](Op& op) {
+  const Problem n{shape, shape.sequence, 0, mask.window, start};
+  const auto [y, lse] =
+      attend(op, n, qkv, qkv, shape.heads * shape.head_dim, scale, double(qkv.nbytes()));
+  op.backward([=, y = y, lse = lse](Op& op) {
     const Tensor dy = op.grad(y);
     auto d = op.accumulate(qkv);
     if (!d) return;
-    Space space = space_for(op, n, true, wide);
-    op.run({.flops = 2.5 * flops, .bytes = 2 * bytes}, [&] {
-      by_float(qkv.dtype(), [&](auto z) {
-        using T = decltype(z);
-        using F = cpu::Acc<T>;
-        const Heads<const T> out{y.data<T>(), out_width, shape.head_dim},
-            d_out{dy.data<T>(), out_width, shape.head_dim};
-        const BackwardInputs<T, F> x{split(qkv.data<T>(), shape), out, d_out, F(scale),
-                                     lse.data<F>()};
-        backward<T>(n, x, split(d.tensor.data<T>(), shape), d.add, space);
-      });
-    });
+    const Shape parts{n.kv_count(), n.parts(), n.keys, shape.head_dim};
+    Tensor d_keys = op.workspace("attention_d_keys", parts, lse.dtype());
+    Tensor d_values = op.workspace("attention_d_values", parts, lse.dtype());
+    Tensor scratch = make_scratch(op, n, lse.dtype());
+    cpu::run(op, {.flops = 2.5 * n.flops(), .bytes = 2.0 * (qkv.nbytes() + y.nbytes())},
+             qkv.dtype(), [&](auto z) {
+               using T = decltype(z);
+               const int64_t stride = y.dim(1), width = n.group() * shape.head_dim;
+               const Saved<T> saved{{y.data<T>(), stride, width},
+                                    {dy.data<T>(), stride, width},
+                                    {lse.data<Acc<T>>(), shape.heads, n.group()}};
+               backward<T>(n, split(qkv.data<T>(), shape), scale, saved,
+                           split(d.tensor.data<T>(), shape), d.add, d_keys, d_values, scratch);
+             });
   });
   return y;
 }
@@ -440,7 +351,6 @@ Tensor attention_cached(Tape& tape, const Tensor& qkv, KvCache& cache, const Att
   Op op(tape, "attention_cached", at, {{"qkv", qkv}, {"kv", cache.kv}});
   require_shape(op, qkv, shape, window);
   const int64_t kv_width = 2 * shape.kv_heads * shape.head_dim;
-  const int64_t out_width = shape.heads * shape.head_dim;
   const int64_t capacity = cache.kv.rows(), before = cache.length;
   op.require(!tape.recording() && shape.batch == 1,
              "needs one sequence and a tape that does not record");
@@ -450,25 +360,15 @@ Tensor attention_cached(Tape& tape, const Tensor& qkv, KvCache& cache, const Att
              "the cache has room for {} tokens, {} + {} are asked", capacity, before,
              shape.sequence);
   cache.length += shape.sequence;
-  const int64_t dim = shape.head_dim;
-  const Problem n{1, shape.sequence, cache.length, before, shape.heads, shape.kv_heads, dim, window,
-                  {}};
-  Tensor y = op.output("attention", {qkv.dim(0), out_width}, qkv.dtype());
-  Space space = space_for(op, n, false, master_dtype(qkv.dtype()));
-  const double read = double(cache.length * kv_width) * double(size_of(qkv.dtype()));
-  op.run({.flops = forward_flops(n), .bytes = double(qkv.nbytes() + y.nbytes()) + read}, [&] {
-    by_float(qkv.dtype(), [&](auto z) {
-      using T = decltype(z);
-      const T* from = qkv.data<T>() + out_width;
-      T* kv = cache.kv.data<T>();
-      for (int64_t i = 0; i < shape.sequence; ++i)
-        std::copy_n(from + i * shape.width(), kv_width, kv + (before + i) * kv_width);
-      const Heads<const T> k{kv, kv_width, dim}, v{kv + kv_width / 2, kv_width, dim};
-      forward<T>(n, {split(qkv.data<T>(), shape).q, k, v}, scale, {y.data<T>(), out_width, dim},
-                 nullptr, space);
-    });
+  const double copied = double(shape.sequence * kv_width) * double(size_of(qkv.dtype()));
+  cpu::run(op, {.bytes = 2 * copied}, qkv.dtype(), [&](auto z) {
+    using T = decltype(z);
+    for (int64_t i = 0; i < shape.sequence; ++i)
+      std::copy_n(qkv.data<T>() + (i + 1) * shape.width() - kv_width, kv_width,
+                  cache.kv.data<T>() + (before + i) * kv_width);
   });
-  return y;
+  const double read = double(cache.length * kv_width) * double(size_of(qkv.dtype()));
+  return attend(op, {shape, cache.length, before, window, {}}, qkv, cache.kv, 0, scale, read).y;
 }
 
 }  // namespace pith

@@ -3,8 +3,6 @@
 // tensor of higher rank is seen as [dim(0), rest] where a row matters. Broadcasting: b may have the
 // shape of a, one row ([cols] or [1, cols]), one column ([rows, 1]), or one element ([1]).
 
-#include <span>
-
 #include "core/op.h"
 
 namespace pith {
@@ -18,8 +16,6 @@ Tensor exp(Tape&, const Tensor& x, Loc at = Loc::current());
 Tensor log(Tape&, const Tensor& x, Loc at = Loc::current());
 Tensor sigmoid(Tape&, const Tensor& x, Loc at = Loc::current());
 Tensor silu(Tape&, const Tensor& x, Loc at = Loc::current());
-Tensor tanh(Tape&, const Tensor& x, Loc at = Loc::current());
-Tensor square(Tape&, const Tensor& x, Loc at = Loc::current());
 Tensor softmax(Tape&, const Tensor& x, Loc at = Loc::current());   // over columns
 Tensor sum_cols(Tape&, const Tensor& x, Loc at = Loc::current());  // [rows, cols] -> [rows, 1]
 Tensor sum_rows_to_one(Tape&, const Tensor& x,

@@ -1,8 +1,5 @@
 #include "ops/embedding.h"
 
-#include <limits>
-#include <numeric>
-
 #include "ops/gemm.h"
 #include "ops/simd.h"
 
@@ -34,18 +31,14 @@ template <class T> Acc<T> cross_entropy_row(Acc<T>* logits, int64_t n, int32_t l
     if (grad) std::fill_n(grad, n, T(0));
     return 0;
   }
-  A max = -std::numeric_limits<A>::infinity(), sum = 0;
-#pragma omp simd reduction(max : max)
-  for (int64_t j = 0; j < n; ++j) max = logits[j] > max ? logits[j] : max;
-  const A distance = max - logits[label];
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += logits[j] = cpu::fast_exp(logits[j] - max);
+  A max = -std::numeric_limits<A>::infinity();
+  const A score = logits[label], sum = cpu::exp_row(logits, logits, n, max);
   if (grad) {
-    const A scale = 1 / sum, own = logits[label] * scale - 1;
+    const A scale = 1 / sum, own = logits[label] * scale - 1;  // grad may be logits
     cpu::store(grad, false, n, [=](int64_t j) { return logits[j] * scale; });
     grad[label] = T(own);
   }
-  return std::log(sum) + distance;
+  return std::log(sum) + (max - score);
 }
 
 // logits and dlogits are of one chunk. dlogits, dx and dw are empty when not wanted.
@@ -99,14 +92,12 @@ Tensor embedding(Tape& tape, const Tensor& ids, Param& w, Loc at) {
   op.require(w.value.rank() == 2, "w must be [V, H]");
   check_ids(op, ids, "token id", 0, w.value.dim(0));
   Tensor y = op.output("y", {ids.dim(0), w.value.dim(1)}, w.value.dtype());
-  op.run({.bytes = 2.0 * y.nbytes()}, [&] {
-    by_float(y.dtype(), [&](auto z) {
-      auto *from = w.value.data<decltype(z)>(), *to = y.data<decltype(z)>();
-      const int32_t* id = ids.data<int32_t>();
-      const int64_t h = y.dim(1);
-      cpu::parallel_rows(ids.dim(0), h,
-                         [=](int64_t t) { std::copy_n(from + id[t] * h, h, to + t * h); });
-    });
+  cpu::run(op, {.bytes = 2.0 * y.nbytes()}, y.dtype(), [&](auto z) {
+    auto *from = w.value.data<decltype(z)>(), *to = y.data<decltype(z)>();
+    const int32_t* id = ids.data<int32_t>();
+    const int64_t h = y.dim(1);
+    cpu::parallel_rows(ids.dim(0), h,
+                       [=](int64_t t) { std::copy_n(from + id[t] * h, h, to + t * h); });
   });
   op.backward([y = y.identity(), ids, &w](Op& op) {
     const Tensor dy = op.grad(y);
@@ -137,16 +128,14 @@ HeadLoss head_loss(Tape& tape, const Tensor& x, Param& w, const Tensor& labels, 
   }
   if (op.wants(x)) head.dx = op.workspace("head_dx", x.shape(), x.dtype());
   const double products = 1.0 + bool(head.dx) + bool(head.dw);
-  op.run({2.0 * products * rows * w.value.numel(),
-          products * (x.nbytes() + w.value.nbytes()) + 2.0 * rows * vocabulary * 4},
-         [&] {
-           by_float(x.dtype(), [&](auto z) {
-             using A = Acc<decltype(z)>;
-             run_head<decltype(z)>(head);
-             const auto loss = out.token_loss.span<A>();
-             out.sum.data<A>()[0] = A(std::accumulate(loss.begin(), loss.end(), 0.0));
-           });
-         });
+  const Cost cost{2.0 * products * rows * w.value.numel(),
+                  products * (x.nbytes() + w.value.nbytes()) + 2.0 * rows * vocabulary * 4};
+  cpu::run(op, cost, x.dtype(), [&](auto z) {
+    using A = Acc<decltype(z)>;
+    run_head<decltype(z)>(head);
+    const auto loss = out.token_loss.span<A>();
+    out.sum.data<A>()[0] = A(std::accumulate(loss.begin(), loss.end(), 0.0));
+  });
   if (head.dx)
     op.backward([sum = out.sum.identity(), x = x.identity(), dx = head.dx, &w](Op& op) {
       scale_by(op, op.grad(sum), dx, w);

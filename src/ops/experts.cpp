@@ -1,30 +1,18 @@
 #include "ops/experts.h"
 
-#include <algorithm>
-
 #include "ops/simd.h"
 
 namespace pith {
-namespace {
-
 using cpu::Acc;
-
-constexpr int64_t kParallel = 1 << 14;  // elements below which threads cost more than they save
-
-// What a gradient kernel leaves in memory: the value alone, or added to what earlier ops left
-// there.
-template <class T> T merged(const T& old, Acc<T> value, bool add) {
-  return T(add ? Acc<T>(old) + value : value);
-}
 
 // How many rows of a matrix of pairs carry data; the rest are zero. Without an order it is all of
 // them.
-int64_t pairs_in_use(const ExpertOrder& order, const Tensor& rows) {
+static int64_t pairs_in_use(const ExpertOrder& order, const Tensor& rows) {
   return order.offsets ? order.offsets.data<int32_t>()[order.offsets.numel() - 1] : rows.dim(0);
 }
 
 // The order as order_by_expert makes it, and x a matrix of so many rows.
-void check_order(const Op& op, const ExpertOrder& order, const Tensor& x, int64_t rows) {
+static void check_order(const Op& op, const ExpertOrder& order, const Tensor& x, int64_t rows) {
   op.require(order.pairs.rank() == 2 && order.slots.rank() == 1 &&
                  order.slots.dim(0) == order.pairs.numel(),
              "pairs must be [T, K] and slots [T K]");
@@ -34,31 +22,30 @@ void check_order(const Op& op, const ExpertOrder& order, const Tensor& x, int64_
 
 // y[pair] = x[row of the pair]; a row is read once and lands in its K places. Unused pairs become
 // zero.
-template <class T> void spread(const Tensor& x, const ExpertOrder& order, Tensor y, bool add) {
+template <class T>
+static void spread(const Tensor& x, const ExpertOrder& order, Tensor y, bool add) {
   const int64_t slots = order.pairs.dim(1), width = x.dim(1);
   const int32_t* pairs = order.pairs.data<int32_t>();
   const T* from = x.data<T>();
   T* to = y.data<T>();
-#pragma omp parallel for if (y.numel() > kParallel)
-  for (int64_t i = 0; i < order.pairs.numel(); ++i) {
-    if (pairs[i] < 0) continue;
-    const T* in = from + i / slots * width;
-    T* out = to + pairs[i] * width;
-    for (int64_t h = 0; h < width; ++h) out[h] = merged(out[h], in[h], add);
-  }
+  cpu::parallel_rows(order.pairs.numel(), width, [=](int64_t i) {
+    if (pairs[i] >= 0)
+      cpu::store(to + pairs[i] * width, add, width,
+                 [in = from + i / slots * width](int64_t h) { return Acc<T>(in[h]); });
+  });
   if (!add) y.row_range(pairs_in_use(order, y), y.dim(0)).fill_zero();
 }
 
 // x[row] = sum of y over the row's pairs, in slot order; one block of columns at a time stays in
 // registers.
-template <class T> void collect(const Tensor& y, const ExpertOrder& order, Tensor x, bool add) {
+template <class T>
+static void collect(const Tensor& y, const ExpertOrder& order, Tensor x, bool add) {
   constexpr int64_t kBlock = 64;
   const int64_t slots = order.pairs.dim(1), width = x.dim(1);
   const int32_t* pairs = order.pairs.data<int32_t>();
   const T* from = y.data<T>();
   T* to = x.data<T>();
-#pragma omp parallel for if (y.numel() > kParallel)
-  for (int64_t t = 0; t < x.dim(0); ++t) {
+  cpu::parallel_rows(x.dim(0), slots * width, [=](int64_t t) {
     for (int64_t begin = 0; begin < width; begin += kBlock) {
       const int64_t count = std::min(kBlock, width - begin);
       Acc<T> sum[kBlock] = {};
@@ -67,89 +54,85 @@ template <class T> void collect(const Tensor& y, const ExpertOrder& order, Tenso
         const T* in = from + pairs[t * slots + j] * width + begin;
         for (int64_t i = 0; i < count; ++i) sum[i] += Acc<T>(in[i]);
       }
-      T* out = to + t * width + begin;
-      for (int64_t i = 0; i < count; ++i) out[i] = merged(out[i], sum[i], add);
+      cpu::store(to + t * width + begin, add, count, [&](int64_t i) { return sum[i]; });
     }
-  }
+  });
 }
 
 // gather: spread; else collect. Each is the other's backward.
-Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const ExpertOrder& order,
-                 bool gather, Loc at) {
+static Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const ExpertOrder& order,
+                        bool gather, Loc at) {
   Op op(tape, name, at, {{"from", from}, {"pairs", order.pairs}, {"slots", order.slots}});
   const int64_t rows = order.pairs.dim(0), pairs = order.slots.dim(0);
   check_order(op, order, from, gather ? rows : pairs);
   Tensor to = op.output(name, {gather ? pairs : rows, from.dim(1)}, from.dtype());
   const Cost cost{.bytes = double(from.nbytes() + to.nbytes())};
-  op.run(cost, [&] {
-    by_float(from.dtype(), [&](auto z) {
-      (gather ? spread<decltype(z)> : collect<decltype(z)>)(from, order, to, false);
-    });
+  cpu::run(op, cost, from.dtype(), [&](auto z) {
+    (gather ? spread<decltype(z)> : collect<decltype(z)>)(from, order, to, false);
   });
   op.backward([=](Op& op) {
     const Tensor d_to = op.grad(to);
     if (auto d = op.accumulate(from))
-      op.run(cost, [&] {
-        by_float(from.dtype(), [&](auto z) {
-          (gather ? collect<decltype(z)> : spread<decltype(z)>)(d_to, order, d.tensor, d.add);
-        });
+      cpu::run(op, cost, from.dtype(), [&](auto z) {
+        (gather ? collect<decltype(z)> : spread<decltype(z)>)(d_to, order, d.tensor, d.add);
       });
   });
   return to;
 }
 
-template <class T>
-void swiglu_forward(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
-                    Tensor y) {
+// f(gate and up, weight, its slot) for every pair in use; without weights 1 and any slot.
+template <class T, class F>
+static void for_pairs(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order, F f) {
   using A = Acc<T>;
-  const int64_t width = y.dim(1), used = pairs_in_use(order, y);
   const A* weight_of = weights ? weights.data<A>() : nullptr;
   const int32_t* slots = weights ? order.slots.data<int32_t>() : nullptr;
+  cpu::parallel_rows(pairs_in_use(order, gate_up), gate_up.dim(1) / 2, [=](int64_t n) {
+    f(n, weights ? weight_of[slots[n]] : A(1), weights ? slots[n] : 0);
+  });
+}
+
+template <class T>
+static void swiglu_forward(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
+                           Tensor y) {
+  using A = Acc<T>;
+  const int64_t width = y.dim(1), used = pairs_in_use(order, y);
   const T* from = gate_up.data<T>();
   T* to = y.data<T>();
-#pragma omp parallel for if (y.numel() > kParallel)
-  for (int64_t n = 0; n < used; ++n) {
+  for_pairs<T>(gate_up, weights, order, [=](int64_t n, A weight, int64_t) {
     const T *gate = from + n * 2 * width, *up = gate + width;
-    const A weight = weights ? weight_of[slots[n]] : A(1);
-    T* out = to + n * width;
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i)
-      out[i] = cpu::narrow<T>(A(gate[i]) * cpu::sigmoid_of(A(gate[i])) * A(up[i]) * weight);
-  }
+    cpu::store(to + n * width, false, width, [=](int64_t i) {
+      return A(gate[i]) * cpu::sigmoid_of(A(gate[i])) * A(up[i]) * weight;
+    });
+  });
   y.row_range(used, y.dim(0)).fill_zero();
 }
 
 // With s = sigmoid(g): silu'(g) = s + g s (1 - s). dweights may be empty. kAdd is a template
 // argument because the loop would not vectorize with a choice in it.
 template <class T, bool kAdd>
-void swiglu_backward(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
-                     const Tensor& dy, Tensor d, Tensor dweights) {
+static void swiglu_backward(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
+                            const Tensor& dy, Tensor d, Tensor dweights) {
   using A = Acc<T>;
   const int64_t width = dy.dim(1), used = pairs_in_use(order, dy);
-  const A* weight_of = weights ? weights.data<A>() : nullptr;
-  const int32_t* slots = weights ? order.slots.data<int32_t>() : nullptr;
   A* dweight_of = dweights ? dweights.data<A>() : nullptr;
   const T *from = gate_up.data<T>(), *above = dy.data<T>();
   T* to = d.data<T>();
-#pragma omp parallel for if (dy.numel() > kParallel)
-  for (int64_t n = 0; n < used; ++n) {
+  for_pairs<T>(gate_up, weights, order, [=](int64_t n, A weight, int64_t slot) {
     const T *gate = from + n * 2 * width, *up = gate + width, *dout = above + n * width;
     T *dgate = to + n * 2 * width, *dup = dgate + width;
-    const A weight = weights ? weight_of[slots[n]] : A(1);
+    const auto put = [](T& to, A value) { to = T(kAdd ? A(to) + value : value); };
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < width; ++i) {
       const A g = A(gate[i]), u = A(up[i]), s = cpu::sigmoid_of(g), silu = g * s, dz = A(dout[i]);
       sum += dz * silu * u;
-      dgate[i] = merged(dgate[i], dz * weight * u * (s + silu * (A(1) - s)), kAdd);
-      dup[i] = merged(dup[i], dz * weight * silu, kAdd);
+      put(dgate[i], dz * weight * u * (s + silu * (A(1) - s)));
+      put(dup[i], dz * weight * silu);
     }
-    if (dweights) dweight_of[slots[n]] += sum;
-  }
+    if (dweight_of) dweight_of[slot] += sum;
+  });
   if (!kAdd) d.row_range(used, d.dim(0)).fill_zero();
 }
-
-}  // namespace
 
 void check_expert_ids(const Tensor& ids, int64_t experts) {
   const int32_t* p = ids.data<int32_t>();
@@ -204,9 +187,8 @@ Tensor swiglu(Tape& tape, const Tensor& gate_up, const Tensor& weights, const Ex
   op.require(!weights || (weights.shape() == order.pairs.shape() && weights.dtype() == wide),
              "weights must be {} like pairs, not {}", name_of(wide), weights.str());
   Tensor y = op.output("swiglu", {gate_up.dim(0), gate_up.dim(1) / 2}, gate_up.dtype());
-  op.run({.bytes = 1.5 * gate_up.nbytes()}, [&] {
-    by_float(y.dtype(), [&](auto z) { swiglu_forward<decltype(z)>(gate_up, weights, order, y); });
-  });
+  cpu::run(op, {.bytes = 1.5 * gate_up.nbytes()}, y.dtype(),
+           [&](auto z) { swiglu_forward<decltype(z)>(gate_up, weights, order, y); });
   op.backward([=](Op& op) {
     const Tensor dy = op.grad(y);
     const Op::Into into = op.accumulate(gate_up),

@@ -1,7 +1,5 @@
 #include "ops/linear.h"
 
-#include <omp.h>
-
 #include "ops/gemm.h"
 #include "ops/simd.h"
 

@@ -1,9 +1,5 @@
 #include "ops/optimizer.h"
 
-#include <omp.h>
-
-#include <numeric>
-
 #include "ops/gemm.h"
 #include "ops/simd.h"
 
@@ -105,9 +101,8 @@ void muon(const Muon& rule, const Matrix& s, const T* grad, T* buf, T* master, V
 double sum_of_squares(Tape& tape, const Tensor& g, Loc at) {
   Op op(tape, "sum_of_squares", at, {{"g", g}});
   double sum = 0;
-  op.run({.bytes = double(g.nbytes())}, [&] {
-    by_float(g.dtype(), [&](auto z) { sum = squares(g.data<decltype(z)>(), g.numel()); });
-  });
+  cpu::run(op, {.bytes = double(g.nbytes())}, g.dtype(),
+           [&](auto z) { sum = squares(g.data<decltype(z)>(), g.numel()); });
   return sum;
 }
 
@@ -117,12 +112,10 @@ void adamw_update(Tape& tape, const AdamW& rule, const Tensor& grad, Tensor m, T
         {{"grad", grad}, {"m", m}, {"v", v}, {"master", master}, {"value", value}});
   check_update(op, value, {grad, m, v, master});
   op.require(rule.step >= 1, "step counts from 1, not {}", rule.step);
-  op.run({.bytes = 7.0 * grad.nbytes() + value.nbytes()}, [&] {
-    by_float(value.dtype(), [&](auto z) {
-      using T = cpu::Acc<decltype(z)>;
-      adamw(rule, grad.numel(), grad.data<T>(), m.data<T>(), v.data<T>(), master.data<T>(),
-            value.data<decltype(z)>());
-    });
+  cpu::run(op, {.bytes = 7.0 * grad.nbytes() + value.nbytes()}, value.dtype(), [&](auto z) {
+    using T = cpu::Acc<decltype(z)>;
+    adamw(rule, grad.numel(), grad.data<T>(), m.data<T>(), v.data<T>(), master.data<T>(),
+          value.data<decltype(z)>());
   });
 }
 
@@ -137,16 +130,15 @@ void muon_update(Tape& tape, const Muon& rule, const Tensor& grad, Tensor buf, T
   // Matrices of a stack are done at a time by one thread each; a single one has all threads.
   const int64_t batch = rank == 3 ? grad.dim(0) : 1, slots = batch > 1 ? omp_get_max_threads() : 1;
   Tensor work = op.workspace("muon_work", {slots, s.work()}, grad.dtype());
-  op.run({batch * s.flops(), 5.0 * grad.nbytes() + value.nbytes()}, [&] {
-    by_float(value.dtype(), [&](auto z) {
-      using T = cpu::Acc<decltype(z)>;
-      cpu::parallel_tasks(batch, [&](int64_t i) {
-        const int64_t at = i * s.r * s.c, slot = omp_get_thread_num();
-        muon(rule, s, grad.data<T>() + at, buf.data<T>() + at, master.data<T>() + at,
-             value.data<decltype(z)>() + at, work.data<T>() + slot * s.work());
-      });
-    });
-  });
+  cpu::run(op, {batch * s.flops(), 5.0 * grad.nbytes() + value.nbytes()}, value.dtype(),
+           [&](auto z) {
+             using T = cpu::Acc<decltype(z)>;
+             cpu::parallel_tasks(batch, [&](int64_t i) {
+               const int64_t at = i * s.r * s.c, slot = omp_get_thread_num();
+               muon(rule, s, grad.data<T>() + at, buf.data<T>() + at, master.data<T>() + at,
+                    value.data<decltype(z)>() + at, work.data<T>() + slot * s.work());
+             });
+           });
 }
 
 }  // namespace pith

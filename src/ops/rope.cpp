@@ -1,6 +1,3 @@
-#include <algorithm>
-#include <vector>
-
 #include "ops/attention.h"
 #include "ops/simd.h"
 
@@ -57,9 +54,8 @@ template <class T> struct Rope {
     std::copy_n(in, shape.kv_heads * shape.head_dim, y);
   }
 
-  // dx = (add ? dx : 0) + gradient; dw [2, D], of wq and wk, += gradient. The rotation is undone,
-  // then the norm.
-  void backward(int64_t t, const T* dy, T* dx, bool add, A* dw, A* z) const {
+  // dx = (add ? dx : 0) + gradient; dwq and dwk += gradient. The rotation is undone, then the norm.
+  void backward(int64_t t, const T* dy, T* dx, bool add, A* dwq, A* dwk, A* z) const {
     const A *c = cos + positions[t] * half, *s = sin + positions[t] * half;
     const int64_t dim = shape.head_dim;
     for (int64_t h = 0, at = t * shape.width(); h < shape.heads + 2 * shape.kv_heads;
@@ -74,19 +70,17 @@ template <class T> struct Rope {
       }
       A r = 1, mean = 0;  // dx = r (z w - x r mean(z w x r))
       if (const T* w = rotated ? weight(h) : nullptr) {
-        A* dw_h = dw + (h < shape.heads ? 0 : dim);
+        A* dw = h < shape.heads ? dwq : dwk;
         r = inverse_rms(in);
 #pragma omp simd simdlen(16) reduction(+ : mean)
         for (int64_t d = 0; d < dim; ++d) {
-          dw_h[d] += z[d] * A(narrow<T>(A(in[d]) * r));
+          dw[d] += z[d] * A(narrow<T>(A(in[d]) * r));
           z[d] *= A(w[d]);
           mean += z[d] * A(in[d]) * r;
         }
         mean *= r / A(dim);
       }
-#pragma omp simd
-      for (int64_t d = 0; d < dim; ++d)
-        dx[at + d] = narrow<T>((add ? A(dx[at + d]) : A(0)) + r * (z[d] - mean * A(in[d])));
+      cpu::store(dx + at, add, dim, [=](int64_t d) { return r * (z[d] - mean * A(in[d])); });
     }
   }
 };
@@ -124,59 +118,42 @@ struct Call {
     const auto weight = [](const Param* w) {
       return w ? std::as_const(w->value).data<T>() : nullptr;
     };
-    const Rope<T> rope{shape,
-                       table.cos.dim(1),
-                       A(eps),
-                       qkv.data<T>(),
-                       weight(q_norm),
-                       weight(k_norm),
-                       table.cos.data<A>(),
-                       table.sin.data<A>(),
-                       positions.data<int32_t>()};
-    const int64_t tokens = qkv.dim(0);
-#pragma omp parallel if (qkv.numel() > 16384)
-    {
-      std::vector<A> z(static_cast<size_t>(shape.head_dim));
-#pragma omp for
-      for (int64_t first = 0; first < tokens; first += kChunk)
-        for (int64_t t = first; t < std::min(tokens, first + kChunk); ++t) f(rope, t, z.data());
-    }
+    const Rope<T> rope{.shape = shape,
+                       .half = table.cos.dim(1),
+                       .eps = A(eps),
+                       .x = qkv.data<T>(),
+                       .wq = weight(q_norm),
+                       .wk = weight(k_norm),
+                       .cos = table.cos.data<A>(),
+                       .sin = table.sin.data<A>(),
+                       .positions = positions.data<int32_t>()};
+    cpu::parallel_rows(chunks(), kChunk * qkv.dim(1), [&](int64_t chunk) {
+      std::vector<A> z(size_t(shape.head_dim));
+      const int64_t end = std::min(qkv.dim(0), (chunk + 1) * kChunk);
+      for (int64_t t = chunk * kChunk; t < end; ++t) f(rope, t, z.data());
+    });
   }
+  int64_t chunks() const { return (qkv.dim(0) + kChunk - 1) / kChunk; }
 };
-
-// grad = (add ? grad : 0) + the sum of the chunks' gradients, in order; `which` is 0 for q, 1 for
-// k.
-template <class A> void sum_chunks(const Tensor& chunks, int64_t which, Op::Into into) {
-  if (!into) return;
-  const int64_t dim = chunks.dim(2);
-  A* grad = into.tensor.data<A>();
-  if (!into.add) std::fill_n(grad, dim, A(0));
-  for (int64_t c = 0; c < chunks.dim(0); ++c)
-    for (int64_t d = 0; d < dim; ++d) grad[d] += chunks.data<A>()[(2 * c + which) * dim + d];
-}
 
 void rope_backward(Op& op, const Call& call, const Tensor& dy) {
   const Tensor& qkv = call.qkv;
-  const int64_t dim = call.shape.head_dim;
   auto dx = op.accumulate(qkv);
   const Op::Into dw_q = call.q_norm ? op.accumulate(*call.q_norm) : Op::Into{};
   const Op::Into dw_k = call.k_norm ? op.accumulate(*call.k_norm) : Op::Into{};
   if (!dx) dx.tensor = op.workspace("qk_norm_rope_dx", qkv.shape(), qkv.dtype());
-  Tensor chunks = op.workspace("qk_norm_dw", {(qkv.dim(0) + kChunk - 1) / kChunk, 2, dim},
-                               master_dtype(qkv.dtype()));
-  op.run({.bytes = 3.0 * qkv.nbytes()}, [&] {
-    chunks.fill_zero();
-    by_float(qkv.dtype(), [&](auto type) {
-      using T = decltype(type);
-      const T* from = dy.data<T>();
-      T* to = dx.tensor.data<T>();
-      Acc<T>* dw = chunks.data<Acc<T>>();
-      call.for_tokens<T>([&](const Rope<T>& rope, int64_t t, Acc<T>* z) {
-        rope.backward(t, from, to, dx.add, dw + t / kChunk * 2 * dim, z);
-      });
-      sum_chunks<Acc<T>>(chunks, 0, dw_q);
-      sum_chunks<Acc<T>>(chunks, 1, dw_k);
+  const int64_t chunks = call.chunks(), dim = call.shape.head_dim;
+  Tensor dw = op.workspace("qk_norm_dw", {2 * chunks, dim}, master_dtype(qkv.dtype()));
+  cpu::run(op, {.bytes = 3.0 * qkv.nbytes()}, qkv.dtype(), [&](auto type) {
+    using T = decltype(type);
+    dw.fill_zero();
+    call.for_tokens<T>([&](const Rope<T>& rope, int64_t t, Acc<T>* z) {
+      Acc<T>* of_chunk = dw.data<Acc<T>>() + t / kChunk * dim;
+      rope.backward(t, dy.data<T>(), dx.tensor.data<T>(), dx.add, of_chunk, of_chunk + chunks * dim,
+                    z);
     });
+    if (dw_q) cpu::add_rows(dw.row_range(0, chunks), nullptr, dw_q);
+    if (dw_k) cpu::add_rows(dw.row_range(chunks, 2 * chunks), nullptr, dw_k);
   });
 }
 
@@ -190,13 +167,10 @@ Tensor qk_norm_rope(Tape& tape, const Tensor& qkv, Param* q_norm, Param* k_norm,
   const Call call{qkv, q_norm, k_norm, eps, rope, positions, shape};
   call.check(op);
   Tensor y = op.output("qk_norm_rope", qkv.shape(), qkv.dtype());
-  op.run({.bytes = 2.0 * qkv.nbytes()}, [&] {
-    by_float(qkv.dtype(), [&](auto type) {
-      using T = decltype(type);
-      T* to = y.data<T>();
-      call.for_tokens<T>(
-          [&](const Rope<T>& rope, int64_t t, Acc<T>* z) { rope.forward(t, to, z); });
-    });
+  cpu::run(op, {.bytes = 2.0 * qkv.nbytes()}, qkv.dtype(), [&](auto type) {
+    using T = decltype(type);
+    T* to = y.data<T>();
+    call.for_tokens<T>([&](const Rope<T>& rope, int64_t t, Acc<T>* z) { rope.forward(t, to, z); });
   });
   op.backward([call, y = y.identity()](Op& op) { rope_backward(op, call, op.grad(y)); });
   return y;

@@ -1,186 +1,109 @@
 #include "ops/router.h"
 
-#include <algorithm>
-#include <numeric>
-
 #include "ops/experts.h"
 #include "ops/simd.h"
 
 namespace pith {
-namespace {
-
 using Score = RouterRule::Score;
 
-constexpr int64_t kParallel = 1 << 14;  // logits below which threads cost more than they save
-
-bool is_wide(const Tensor& t) { return t.dtype() == DType::f64 || t.dtype() == DType::f32; }
-
-// Calls f with a value of the type of a wide tensor: double or float.
-template <class F> void by_wide(const Tensor& t, F&& f) {
-  t.dtype() == DType::f64 ? f(double{}) : f(float{});
-}
-
 // out = softmax(x); returns logsumexp(x). A NaN anywhere makes everything NaN.
-template <class A> A softmax_row(const A* x, A* out, int64_t n) {
-  A high = x[0], sum = 0;
-#pragma omp simd reduction(max : high)
-  for (int64_t i = 0; i < n; ++i) high = x[i] > high ? x[i] : high;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = cpu::fast_exp(x[i] - high);
-    sum += out[i];
-  }
+template <class A> static A softmax_row(const A* x, A* out, int64_t n) {
+  A high = x[0];
+  const A sum = cpu::exp_row(x, out, n, high);
   const A inverse = A(1) / sum;
   for (int64_t i = 0; i < n; ++i) out[i] *= inverse;
   return high + std::log(sum);
 }
 
-template <class A> void add_to(A& to, A value, bool add) { to = add ? to + value : value; }
-
-template <class A> A dot(const A* a, const A* b, int64_t n) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
-
-// ids[k] of the largest of n keys, best first; of equal keys the lower id wins.
-template <class A> void top_k(const A* key, int64_t n, int32_t* ids, int64_t k) {
-  for (int64_t e = 0, count = 0; e < n; ++e) {
-    if (count == k && !(key[e] > key[ids[k - 1]])) continue;
-    int64_t j = count < k ? count++ : k - 1;
-    for (; j > 0 && key[e] > key[ids[j - 1]]; --j) ids[j] = ids[j - 1];
+// The ids of the rule.top_k best experts, best first; of equals the lower id wins.
+template <class A>
+static void choose(const RouterRule& rule, const A* logits, const A* scores, const A* bias,
+                   int64_t experts, int32_t* ids) {
+  // Logits tell apart what softmax rounds to one score; biases are about scores.
+  const A* key = rule.score == Score::softmax_after_top_k && !bias ? logits : scores;
+  const auto better = [=](int64_t a, int64_t b) {
+    const auto value = [=](int64_t e) { return bias ? key[e] + bias[e] : key[e]; };
+    // NaN is not ordered; as the best choice it reaches the weights, where it will be noticed.
+    const A x = value(a), y = value(b);
+    return (std::isnan(x) ? A(HUGE_VAL) : x) > (std::isnan(y) ? A(HUGE_VAL) : y);
+  };
+  for (int64_t e = 0, count = 0; e < experts; ++e) {
+    if (count == rule.top_k && !better(e, ids[count - 1])) continue;
+    int64_t j = count < rule.top_k ? count++ : count - 1;
+    for (; j > 0 && better(e, ids[j - 1]); --j) ids[j] = ids[j - 1];
     ids[j] = int32_t(e);
   }
 }
 
-// Makes the experts outside the best groups ineligible.
-template <class A> void keep_best_groups(const RouterRule& rule, std::vector<A>& key) {
-  const int64_t size = int64_t(key.size()) / rule.groups;
-  std::vector<int32_t> best(size_t(std::max(rule.group_score_top, rule.groups_kept)));
-  std::vector<A> score(size_t(rule.groups), 0);
-  for (int64_t g = 0; g < rule.groups; ++g) {
-    top_k(&key[g * size], size, best.data(), rule.group_score_top);
-    for (int64_t j = 0; j < rule.group_score_top; ++j) score[g] += key[g * size + best[j]];
-  }
-  top_k(score.data(), rule.groups, best.data(), rule.groups_kept);
-  best.resize(size_t(rule.groups_kept));
-  for (int64_t g = 0; g < rule.groups; ++g)
-    if (std::ranges::count(best, g) == 0) std::fill_n(&key[g * size], size, -HUGE_VAL);
-}
-
-// `key` is scratch for one value per expert.
-template <class A>
-void choose(const RouterRule& rule, const A* logits, const A* scores, const A* bias,
-            std::vector<A>& key, int32_t* ids) {
-  // Logits tell apart what softmax rounds to one score; groups and biases are about scores.
-  const bool by_logit = rule.score == Score::softmax_after_top_k && !bias && rule.groups == 1;
-  for (size_t e = 0; e < key.size(); ++e) {
-    key[e] = by_logit ? logits[e] : bias ? scores[e] + bias[e] : scores[e];
-    // NaN is not ordered; as the best choice it reaches the weights, where it will be noticed.
-    if (std::isnan(key[e])) key[e] = HUGE_VAL;
-  }
-  if (rule.groups > 1) keep_best_groups(rule, key);
-  top_k(key.data(), int64_t(key.size()), ids, rule.top_k);
-}
-
 // A softmax over the chosen logits is the softmax over all, renormalized.
-bool is_normalized(const RouterRule& rule) {
+static bool is_normalized(const RouterRule& rule) {
   return rule.renormalize || rule.score == Score::softmax_after_top_k;
 }
 
 // Weight of a chosen expert per unit of its score. 1 / 0 is avoided where nobody is chosen or every
 // chosen score underflowed to 0.
-template <class A> A factor(const RouterRule& rule, const A* scores, const int32_t* ids) {
+template <class A> static A factor(const RouterRule& rule, const A* scores, const int32_t* ids) {
   if (!is_normalized(rule)) return A(rule.scaling);
   A sum = 0;
   for (int64_t j = 0; j < rule.top_k; ++j) sum += ids[j] < 0 ? A(0) : scores[ids[j]];
   return A(rule.scaling) / (sum == 0 ? A(1) : sum);
 }
 
-void require_wide(const Op& op, const char* name, const Tensor& t) {
-  op.require(t.rank() == 2 && t.dim(1) >= 1 && is_wide(t), "{} must be fp32 or fp64 [T, E]", name);
-}
-
-void check_rule(const Op& op, const RouterRule& r, int64_t experts) {
-  op.require(r.groups >= 1 && experts % r.groups == 0, "{} groups do not divide {} experts",
-             r.groups, experts);
-  const int64_t size = experts / r.groups, eligible = size * r.groups_kept;
-  op.require(r.groups_kept >= 1 && r.groups_kept <= r.groups, "{} of {} groups kept", r.groups_kept,
-             r.groups);
-  op.require(r.group_score_top >= 1 && r.group_score_top <= size,
-             "a group of {} experts cannot be scored by its best {}", size, r.group_score_top);
-  op.require(r.top_k >= 1 && r.top_k <= eligible, "top_k is {}, {} experts are eligible", r.top_k,
-             eligible);
-  op.require(r.scaling > 0 && std::isfinite(r.scaling), "scaling is {}, it must be positive",
-             r.scaling);
+static void require_wide(const Op& op, const char* name, const Tensor& t) {
+  op.require(t.rank() == 2 && t.dim(1) >= 1 && t.dtype() <= DType::f32,
+             "{} must be fp32 or fp64 [T, E]", name);
 }
 
 template <class A>
-void route_forward(const Tensor& logits, const RouterRule& rule, const Tensor& bias,
-                   const Tensor& replay, Routing out) {
+static void route_forward(const Tensor& logits, const RouterRule& rule, const Tensor& bias,
+                          bool replay, Routing out) {
   const int64_t experts = logits.dim(1), k = rule.top_k;
-  const A *x = logits.data<A>(), *shift = bias ? bias.data<A>() : nullptr;
-  int32_t* all_ids = out.ids.data<int32_t>();
-  A *all_weights = out.weights.data<A>(), *all_scores = out.scores.data<A>();
-#pragma omp parallel if (logits.numel() > kParallel)
-  {
-    std::vector<A> key(static_cast<size_t>(experts));
-#pragma omp for
-    for (int64_t t = 0; t < logits.dim(0); ++t) {
-      const A* row = x + t * experts;
-      A *scores = all_scores + t * experts, *weights = all_weights + t * k;
-      int32_t* ids = all_ids + t * k;
-      if (rule.score == Score::sigmoid)
-        std::transform(row, row + experts, scores, cpu::sigmoid_of<A>);
-      else
-        softmax_row(row, scores, experts);
-      if (!replay) choose(rule, row, scores, shift, key, ids);
-      const A f = factor(rule, scores, ids);
-      for (int64_t j = 0; j < k; ++j) weights[j] = ids[j] < 0 ? A(0) : scores[ids[j]] * f;
-    }
-  }
+  cpu::parallel_rows(logits.dim(0), experts, [&](int64_t t) {
+    const A* row = logits.data<A>() + t * experts;
+    A *scores = out.scores.data<A>() + t * experts, *weights = out.weights.data<A>() + t * k;
+    int32_t* ids = out.ids.data<int32_t>() + t * k;
+    if (rule.score == Score::sigmoid)
+      std::transform(row, row + experts, scores, cpu::sigmoid_of<A>);
+    else
+      softmax_row(row, scores, experts);
+    if (!replay) choose(rule, row, scores, bias ? bias.data<A>() : nullptr, experts, ids);
+    const A f = factor(rule, scores, ids);
+    for (int64_t j = 0; j < k; ++j) weights[j] = ids[j] < 0 ? A(0) : scores[ids[j]] * f;
+  });
 }
 
 // Normalized, w = scaling s / sum(s) and ds_j = scaling / sum(s) (dw_j - mean), where the mean is
 // sum_i dw_i w_i / scaling.
 template <class A>
-void route_backward(const RouterRule& rule, const Routing& out, const Tensor& dweights,
-                    const Tensor& dscores, Op::Into& into) {
+static void route_backward(const RouterRule& rule, const Routing& out, const Tensor& dweights,
+                           const Tensor& dscores, Op::Into& into) {
   const int64_t experts = into.tensor.dim(1), k = rule.top_k;
-  const int32_t* all_ids = out.ids.data<int32_t>();
-  const A *all_weights = out.weights.data<A>(), *all_scores = out.scores.data<A>(),
-          *all_dw = dweights.data<A>(), *all_ds = dscores.data<A>();
-  A* to = into.tensor.data<A>();
-#pragma omp parallel if (into.tensor.numel() > kParallel)
-  {
-    std::vector<A> d(static_cast<size_t>(experts));
-#pragma omp for
-    for (int64_t t = 0; t < into.tensor.dim(0); ++t) {
-      const int32_t* ids = all_ids + t * k;
-      const A *scores = all_scores + t * experts, *ds = all_ds + t * experts, *dw = all_dw + t * k;
-      const A f = factor(rule, scores, ids);
-      const A mean = is_normalized(rule) ? dot(dw, all_weights + t * k, k) / A(rule.scaling) : A(0);
-      std::copy(ds, ds + experts, d.begin());
-      for (int64_t j = 0; j < k; ++j)
-        if (ids[j] >= 0) d[ids[j]] += f * (dw[j] - mean);
-      if (rule.score == Score::sigmoid) {
-        for (int64_t e = 0; e < experts; ++e) d[e] *= scores[e] * (A(1) - scores[e]);
-      } else {
-        const A through = dot(d.data(), scores, experts);
-        for (int64_t e = 0; e < experts; ++e) d[e] = scores[e] * (d[e] - through);
-      }
-      for (int64_t e = 0; e < experts; ++e) add_to(to[t * experts + e], d[e], into.add);
+  cpu::parallel_rows(into.tensor.dim(0), experts, [&](int64_t t) {
+    const int32_t* ids = out.ids.data<int32_t>() + t * k;
+    const A *scores = out.scores.data<A>() + t * experts, *dw = dweights.data<A>() + t * k,
+            *weights = out.weights.data<A>() + t * k, *ds = dscores.data<A>() + t * experts;
+    const A f = factor(rule, scores, ids);
+    const A mean = is_normalized(rule) ? cpu::dot(dw, weights, k) / A(rule.scaling) : A(0);
+    std::vector<A> d(ds, ds + experts);
+    for (int64_t j = 0; j < k; ++j)
+      if (ids[j] >= 0) d[ids[j]] += f * (dw[j] - mean);
+    if (rule.score == Score::sigmoid) {
+      for (int64_t e = 0; e < experts; ++e) d[e] *= scores[e] * (A(1) - scores[e]);
+    } else {
+      const A through = cpu::dot(d.data(), scores, experts);
+      for (int64_t e = 0; e < experts; ++e) d[e] = scores[e] * (d[e] - through);
     }
-  }
+    cpu::store(into.tensor.data<A>() + t * experts, into.add, experts,
+               [&](int64_t e) { return d[e]; });
+  });
 }
 
 // counts [groups, E] += how often each group's ids chose each expert.
-void count_ids(const Tensor& ids, int64_t groups, Tensor counts) {
+static void count_ids(const Tensor& ids, int64_t groups, Tensor counts) {
   const int64_t per_group = ids.numel() / groups, experts = counts.numel() / groups;
   check_expert_ids(ids, experts);
   const int32_t* id = ids.data<int32_t>();
-  by_wide(counts, [&](auto z) {
+  cpu::by_wide(counts.dtype(), [&](auto z) {
     auto* to = counts.data<decltype(z)>();
     for (int64_t i = 0; i < ids.numel(); ++i)
       if (id[i] >= 0) to[i / per_group * experts + id[i]] += 1;
@@ -190,43 +113,39 @@ void count_ids(const Tensor& ids, int64_t groups, Tensor counts) {
 // A loss that is a sum over the rows of x [T, E]: row(t, x_t, d_t) returns a row's term and writes
 // its gradient. The terms are added in fp64 in the order of tokens, so the sum does not depend on
 // the number of threads.
-template <class F> Tensor sum_over_tokens(Op& op, const char* name, const Tensor& x, F row) {
+template <class F> static Tensor sum_over_tokens(Op& op, const char* name, const Tensor& x, F row) {
   Tensor loss = op.output(name, {1}, x.dtype());
   Tensor terms = op.workspace("loss_terms", {x.dim(0)}, x.dtype());
   Tensor slope = op.workspace("loss_slope", x.shape(), x.dtype());
-  op.run({.bytes = 2.0 * x.nbytes()}, [&] {
-    by_wide(x, [&](auto z) {
-      using A = decltype(z);
-      const int64_t experts = x.dim(1);
-      const A* in = x.data<A>();
-      A *term = terms.data<A>(), *d = slope.data<A>();
-#pragma omp parallel for if (x.numel() > kParallel)
-      for (int64_t t = 0; t < x.dim(0); ++t) term[t] = row(t, in + t * experts, d + t * experts);
-      loss.data<A>()[0] = A(std::accumulate(term, term + x.dim(0), 0.0));
+  cpu::run_wide(op, {.bytes = 2.0 * x.nbytes()}, x.dtype(), [&](auto z) {
+    using A = decltype(z);
+    const int64_t experts = x.dim(1);
+    A* term = terms.data<A>();
+    cpu::parallel_rows(x.dim(0), experts, [&](int64_t t) {
+      term[t] = row(t, x.data<A>() + t * experts, slope.data<A>() + t * experts);
     });
+    loss.data<A>()[0] = A(std::accumulate(term, term + x.dim(0), 0.0));
   });
   op.backward([=](Op& op) {
     const Tensor dloss = op.grad(loss);
     if (auto d = op.accumulate(x))
-      op.run({.bytes = 2.0 * x.nbytes()}, [&] {
-        by_wide(x, [&](auto z) {
-          using A = decltype(z);
-          const A seed = dloss.data<A>()[0], *from = slope.data<A>();
-          A* to = d.tensor.data<A>();
-          for (int64_t i = 0; i < x.numel(); ++i) add_to(to[i], seed * from[i], d.add);
-        });
+      cpu::run_wide(op, {.bytes = 2.0 * x.nbytes()}, x.dtype(), [&](auto z) {
+        using A = decltype(z);
+        const A seed = dloss.data<A>()[0], *from = slope.data<A>();
+        cpu::store(d.tensor.data<A>(), d.add, x.numel(), [=](int64_t i) { return seed * from[i]; });
       });
   });
   return loss;
 }
 
-}  // namespace
-
 Routing route_top_k(Tape& tape, const Tensor& logits, const RouterRule& rule, const Tensor& bias,
                     const Tensor& replay, Loc at) {
   Op op(tape, "route_top_k", at, {{"logits", logits}});
   require_wide(op, "logits", logits);
-  check_rule(op, rule, logits.dim(1));
+  op.require(rule.top_k >= 1 && rule.top_k <= logits.dim(1), "top_k is {}, {} experts are eligible",
+             rule.top_k, logits.dim(1));
+  op.require(rule.scaling > 0 && std::isfinite(rule.scaling), "scaling is {}, it must be positive",
+             rule.scaling);
   const Shape chosen{logits.dim(0), rule.top_k};
   op.require(!bias || (bias.numel() == logits.dim(1) && bias.dtype() == logits.dtype()),
              "bias is {}, one {} per expert is needed", bias.str(), name_of(logits.dtype()));
@@ -240,14 +159,15 @@ Routing route_top_k(Tape& tape, const Tensor& logits, const RouterRule& rule, co
       check_expert_ids(replay, logits.dim(1));
       out.ids.copy_from(replay);
     }
-    by_wide(logits, [&](auto z) { route_forward<decltype(z)>(logits, rule, bias, replay, out); });
+    cpu::by_wide(logits.dtype(), [&](auto z) {
+      route_forward<decltype(z)>(logits, rule, bias, bool(replay), out);
+    });
   });
   op.backward([=](Op& op) {
     const Tensor dw = op.grad(out.weights), ds = op.grad(out.scores);
     if (auto d = op.accumulate(logits))
-      op.run({.bytes = 3.0 * logits.nbytes()}, [&] {
-        by_wide(logits, [&](auto z) { route_backward<decltype(z)>(rule, out, dw, ds, d); });
-      });
+      cpu::run_wide(op, {.bytes = 3.0 * logits.nbytes()}, logits.dtype(),
+                    [&](auto z) { route_backward<decltype(z)>(rule, out, dw, ds, d); });
   });
   return out;
 }
@@ -266,7 +186,7 @@ Tensor balanced_ids(Tape& tape, int64_t tokens, int64_t top_k, int64_t experts, 
 
 void count_experts(Tape& tape, const Tensor& ids, Tensor& counts, Loc at) {
   Op op(tape, "count_experts", at, {{"ids", ids}, {"counts", counts}});
-  op.require(is_wide(counts), "counts must be fp32 or fp64");
+  op.require(counts.dtype() <= DType::f32, "counts must be fp32 or fp64");
   op.run({.bytes = double(ids.nbytes())}, [&] { count_ids(ids, 1, counts); });
 }
 
@@ -280,7 +200,7 @@ Tensor expert_fractions(Tape& tape, const Tensor& ids, int64_t experts, int64_t 
   op.run({.bytes = double(ids.nbytes())}, [&] {
     fractions.fill_zero();
     count_ids(ids, groups, fractions);
-    by_wide(fractions, [&](auto z) {
+    cpu::by_wide(fractions.dtype(), [&](auto z) {
       for (auto& f : fractions.span<decltype(z)>()) f /= decltype(z)(choices);
     });
   });
@@ -303,7 +223,7 @@ Tensor balance_loss(Tape& tape, const Tensor& scores, const Tensor& fractions, i
     using A = std::remove_reference_t<decltype(*d)>;
     const A* f = fractions.data<A>() + t / per_row * experts;
     const A inverse = A(1) / std::accumulate(s, s + experts, A(0));
-    const A q = dot(f, s, experts) * inverse;
+    const A q = cpu::dot(f, s, experts) * inverse;
     for (int64_t e = 0; e < experts; ++e) d[e] = A(scale) * inverse * (f[e] - q);
     return A(scale) * q;
   });

@@ -14,9 +14,6 @@ struct RouterRule {
   // The weights of a token sum to 1 before scaling; the divisor gets no epsilon.
   bool renormalize = false;
   double scaling = 1.0;
-  // Group-limited: experts outside the best groups are not eligible. A group's score is the sum of
-  // its best `group_score_top` experts.
-  int64_t groups = 1, groups_kept = 1, group_score_top = 1;
 };
 
 struct Routing {

@@ -1,8 +1,7 @@
 #pragma once
 // What the CPU kernels share: accumulation types, loops and a vectorizable exponential.
 
-#include <algorithm>
-#include <cmath>
+#include <omp.h>
 
 #include "core/op.h"
 
@@ -34,10 +33,41 @@ inline float fast_exp(float x) {
 }
 inline double fast_exp(double x) { return std::exp(x); }
 
+// op.run with f called on a value of the C++ type of a floating dtype.
+template <class F> void run(Op& op, Cost cost, DType dtype, F&& f) {
+  op.run(cost, [&] { by_float(dtype, f); });
+}
+// The same where bf16 cannot be.
+template <class F> void by_wide(DType wide, F&& f) {
+  wide == DType::f64 ? f(double{}) : f(float{});
+}
+template <class F> void run_wide(Op& op, Cost cost, DType wide, F&& f) {
+  op.run(cost, [&] { by_wide(wide, f); });
+}
+
 // Rounds to the storage type.
 template <class T> T narrow(Acc<T> x) { return T(x); }
 
 template <class A> A sigmoid_of(A x) { return A(1) / (A(1) + fast_exp(-x)); }
+
+template <class A> A dot(const A* a, const A* b, int64_t n) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// A stable softmax, not yet divided: high becomes the maximum of itself and x, y = exp(x - high).
+// Returns the sum; y may be x.
+template <class A> A exp_row(const A* x, A* y, int64_t n, A& high) {
+  A top = high, sum = 0;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += y[i] = fast_exp(x[i] - top);
+  high = top;
+  return sum;
+}
 
 // f(row) for every row, over the threads if the rows [rows, cols] are worth waking them for.
 template <class F> void parallel_rows(int64_t rows, int64_t cols, F&& f) {
