@@ -14,14 +14,8 @@ namespace {
 using Vec = std::vector<double>;
 using Vecs = std::vector<Vec>;
 
-Tensor ints(const std::vector<int32_t>& v) { return Tensor::of<int32_t>({int64_t(v.size())}, v); }
-
 // For the device of the tape: on meta the shape alone.
-Tensor on_device(const Tape& tape, const Tensor& t) {
-  return t && tape.context.device == Device::meta
-             ? Tensor(t.shape(), t.dtype(), Device::meta, "constant")
-             : t;
-}
+Tensor on_device(const Tape& tape, const Tensor& t) { return t ? t.on(tape.context.device) : t; }
 
 std::string describe(const AttentionShape& s) {
   return fmt::format("batch {} sequence {} heads {}/{} of {}", s.batch, s.sequence, s.heads,

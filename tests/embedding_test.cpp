@@ -14,8 +14,6 @@ namespace {
 
 using Flat = std::vector<double>;
 
-Tensor ints(const std::vector<int32_t>& v) { return Tensor::of<int32_t>({int64_t(v.size())}, v); }
-
 std::vector<int32_t> some_ids(int64_t n, int64_t vocabulary) {
   std::vector<int32_t> ids(n);
   for (int64_t i = 0; i < n; ++i)

@@ -38,9 +38,8 @@ const std::vector<Routed>& routings() {
   return all;
 }
 
-Tensor ids_tensor(const Routed& r, Device device = Device::cpu) {
-  return device == Device::cpu ? Tensor::of<int32_t>({r.rows, r.slots}, r.ids)
-                               : Tensor({r.rows, r.slots}, DType::i32, device, "ids");
+Tensor ids_tensor(const Routed& r, Device device = test_device()) {
+  return Tensor::of<int32_t>({r.rows, r.slots}, r.ids).on(device);
 }
 
 ExpertOrder order_of(Tape& tape, const Routed& r) {

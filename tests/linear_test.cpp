@@ -72,7 +72,7 @@ TEST(Linear, GradientsAdd) {
 Tensor offsets_of(const std::vector<int32_t>& counts) {
   std::vector<int32_t> offsets = {0};
   for (int32_t c : counts) offsets.push_back(offsets.back() + c);
-  return Tensor::of<int32_t>({int64_t(offsets.size())}, offsets);
+  return ints(offsets);
 }
 
 TEST(GroupedLinear, MatchesReferenceAndDifferences) {

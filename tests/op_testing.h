@@ -42,6 +42,11 @@ struct OpCase {
   bool differentiable = true;
 };
 
+// Where check_op runs: $PITH_TEST_DEVICE, cpu or cuda (fp64 there runs the CPU's code on copies).
+Device test_device();
+// What cases capture.
+Tensor ints(const std::vector<int32_t>& v);
+
 // EXPECTs forward in every dtype, gradients of fp64 against finite differences, gradients of fp32
 // and bf16 against those of fp64 (10 x tolerance), that a second backward contribution adds, and
 // that meta gives the same shapes and bytes.

@@ -95,13 +95,11 @@ Naive naive_route(const Case& c, const Row& logits) {
 // A constant on the device of the tape, in its wide dtype.
 Tensor constant(Tape& tape, Shape shape, const Row& values) {
   const DType wide = master_dtype(tape.context.dtype);
-  if (tape.context.device == Device::meta) return Tensor(shape, wide, Device::meta, "constant");
-  return Tensor::of<double>(shape, values).to(wide, "constant");
+  return Tensor::of<double>(shape, values).to(wide, "constant").on(tape.context.device);
 }
 
 Tensor constant_ids(Tape& tape, Shape shape, const Ids& ids) {
-  if (tape.context.device == Device::meta) return Tensor(shape, DType::i32, Device::meta, "ids");
-  return Tensor::of<int32_t>(shape, ids);
+  return Tensor::of<int32_t>(shape, ids).on(tape.context.device);
 }
 
 Routing route(Tape& t, const Tensor& logits, const Case& c) {

@@ -5,6 +5,9 @@
 #include <string>
 
 struct CUstream_st;
+namespace pith {
+enum class DType : uint8_t;
+}
 
 namespace pith::cuda {
 
@@ -27,6 +30,8 @@ void release(void* p);         // what was launched before may still use it
 // changed, and what is written there be read, on return.
 void copy(void* to, const void* from, size_t bytes);
 void fill_zero(void* p, size_t bytes);
+// Between bf16 and fp32 in device memory; false for other types.
+bool convert(void* to, DType to_type, const void* from, DType from_type, int64_t n);
 void synchronize();
 Stream stream();
 

@@ -53,7 +53,7 @@ Tensor Op::output(const char* name, Shape shape, DType dtype) {
 }
 
 static void run_on_host(const char* name, const std::function<void()>& cpu) {
-  warn_once(fmt::format("{} has no CUDA kernel: it runs on the host", name));
+  warn_once(fmt::format("{} has no CUDA kernel for this: it runs on the host", name));
   HostView view;
   cpu();
   view.write_back();
@@ -68,9 +68,7 @@ void Op::run(Cost cost, const std::function<void()>& cpu, const OnGpu& gpu) {
   try {
     if (c.device == Device::cpu)
       cpu();
-    else if (gpu)
-      gpu(cuda::stream());
-    else
+    else if (!gpu || !on_gpu() || !gpu(cuda::stream()))
       run_on_host(name_, cpu);
   } catch (const OpError&) {
     throw;

@@ -44,14 +44,19 @@ class Op {
   }
 
   // Runs `cpu` on cpu tensors, `gpu` on cuda tensors; on meta only the cost is counted. Without a
-  // `gpu` an op runs on the host there, with copies and a warning. `gpu` takes the stream as `auto`,
-  // so that nothing of it is compiled without CUDA. Anything they throw is reported at this op's
-  // line.
-  using OnGpu = std::function<void(cuda::Stream)>;
+  // `gpu`, or where that returns false, an op runs on the host there, with copies and a warning.
+  // `gpu` takes the stream as `auto`, so that nothing of it is compiled without CUDA. Anything they
+  // throw is reported at this op's line.
+  using OnGpu = std::function<bool(cuda::Stream)>;
   void run(Cost cost, const std::function<void()>& cpu, const OnGpu& gpu = nullptr);
   template <class F> void run(Cost cost, const std::function<void()>& cpu, F gpu) {
     if constexpr (cuda::kBuilt)
-      run(cost, cpu, OnGpu([&](cuda::Stream s) { gpu(s); }));
+      run(cost, cpu, OnGpu([&](cuda::Stream s) {
+            if constexpr (std::is_void_v<decltype(gpu(s))>)
+              return gpu(s), true;
+            else
+              return gpu(s);
+          }));
     else
       run(cost, cpu, nullptr);
   }
@@ -76,6 +81,12 @@ class Op {
   void defer(Param& p, const Tensor& x, const Tensor& dy, const Tensor& offsets = {});
 
   Context& context() const { return tape_.context; }
+  // Whether the CUDA kernels run, or are planned for: fp64 stays on the host.
+  bool on_gpu() const {
+    const Context& c = tape_.context;
+    return (c.device == Device::meta ? c.planned : c.device) == Device::cuda &&
+           c.dtype != DType::f64;
+  }
   bool recording() const { return tape_.record_; }
   bool wants(const Tensor& x) const { return tape_.wants(x); }
   // "qwen3_moe.cpp:142: rms_norm backward: MESSAGE; x bf16[4, 8] cpu"

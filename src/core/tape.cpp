@@ -20,14 +20,8 @@ void Tape::set_grad(const Tensor& y, Tensor grad) {
   Tensor& there = slot(y);
   if (!there) {
     there = std::move(grad);
-  } else if (there.device() != Device::meta) {
-    by_float(y.dtype(), [&](auto z) {
-      using T = decltype(z);
-      T* to = there.data<T>();
-      const T* from = grad.data<T>();
-#pragma omp parallel for simd if (parallel : grad.numel() > 65536)
-      for (int64_t i = 0; i < grad.numel(); ++i) to[i] = T(to[i] + from[i]);
-    });
+  } else {
+    there.add(grad);
   }
 }
 

@@ -30,9 +30,10 @@ struct OpEvent {  // one run of one op, for the timeline
 // Where a computation runs and how it is watched: one per process and device, passed explicitly.
 struct Context {
   Device device = Device::cpu;
-  DType dtype = DType::f32;   // compute
-  bool check_finite = false;  // scan what every op writes and fail at the op's line
-  Cost total;                 // since the owner last cleared it
+  Device planned = Device::cpu;  // on meta: the device that it stands for
+  DType dtype = DType::f32;      // compute
+  bool check_finite = false;     // scan what every op writes and fail at the op's line
+  Cost total;                    // since the owner last cleared it
   std::vector<OpEvent>* timeline = nullptr;
 };
 

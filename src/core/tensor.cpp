@@ -153,6 +153,9 @@ void Tensor::copy_from(const Tensor& src) {
     on_gpu ? cuda::copy(raw(), src.raw(), nbytes()) : void(std::memcpy(raw(), src.raw(), nbytes()));
     return;
   }
+  if (on_gpu && device_ == src.device_ &&
+      cuda::convert(raw(), dtype_, src.raw(), src.dtype_, numel()))
+    return;
   if (on_gpu) return copy_from(src.on(Device::cpu).to(dtype_, "copy").on(device_));
   by_float(dtype_, [&](auto d) {
     by_float(src.dtype_, [&](auto s) {

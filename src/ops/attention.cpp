@@ -300,6 +300,16 @@ Attended attend(Op& op, const Problem& n, const Tensor& qkv, const Tensor& kv, i
   return to;
 }
 
+Attended attend_on_gpu(Op& op, const Problem& n, const Tensor& qkv, float scale) {
+  const AttentionShape& s = n.s;
+  const Attended to{op.output("attention", {qkv.dim(0), s.heads * s.head_dim}, qkv.dtype()),
+                    op.workspace("attention_lse", {qkv.dim(0), s.heads}, DType::f32)};
+  op.run(
+      {.flops = n.flops(), .bytes = double(qkv.nbytes() + to.y.nbytes())}, [] {},
+      [&](auto stream) { cuda::attention(qkv, s, scale, n.window, to.y, to.lse, stream); });
+  return to;
+}
+
 void require_shape(const Op& op, const Tensor& qkv, const AttentionShape& s, int64_t window) {
   op.require(s.batch >= 0 && s.sequence >= 0 && s.kv_heads > 0 && s.head_dim > 0 && s.heads > 0 &&
                  s.heads % s.kv_heads == 0,
@@ -322,26 +332,34 @@ Tensor attention(Tape& tape, const Tensor& qkv, const AttentionShape& shape, flo
              "document_start must be int32[{}] on {}, it is {}", qkv.dim(0), name_of(qkv.device()),
              start.str());
   const Problem n{shape, shape.sequence, 0, mask.window, start};
+  const bool on_gpu = op.on_gpu() && !start && cuda::attention_fits(qkv, shape);
   const auto [y, lse] =
-      attend(op, n, qkv, qkv, shape.heads * shape.head_dim, scale, double(qkv.nbytes()));
+      on_gpu ? attend_on_gpu(op, n, qkv, scale)
+             : attend(op, n, qkv, qkv, shape.heads * shape.head_dim, scale, double(qkv.nbytes()));
   op.backward([=, y = y, lse = lse](Op& op) {
     const Tensor dy = op.grad(y);
     auto d = op.accumulate(qkv);
     if (!d) return;
+    const Cost cost{.flops = 2.5 * n.flops(), .bytes = 2.0 * (qkv.nbytes() + y.nbytes())};
+    if (on_gpu && !d.add)
+      return op.run(
+          cost, [] {},
+          [&](auto stream) {
+            cuda::attention_backward(qkv, shape, scale, n.window, y, lse, dy, d.tensor, stream);
+          });
     const Shape parts{n.kv_count(), n.parts(), n.keys, shape.head_dim};
     Tensor d_keys = op.workspace("attention_d_keys", parts, lse.dtype());
     Tensor d_values = op.workspace("attention_d_values", parts, lse.dtype());
     Tensor scratch = make_scratch(op, n, lse.dtype());
-    cpu::run(op, {.flops = 2.5 * n.flops(), .bytes = 2.0 * (qkv.nbytes() + y.nbytes())},
-             qkv.dtype(), [&](auto z) {
-               using T = decltype(z);
-               const int64_t stride = y.dim(1), width = n.group() * shape.head_dim;
-               const Saved<T> saved{{y.data<T>(), stride, width},
-                                    {dy.data<T>(), stride, width},
-                                    {lse.data<Acc<T>>(), shape.heads, n.group()}};
-               backward<T>(n, split(qkv.data<T>(), shape), scale, saved,
-                           split(d.tensor.data<T>(), shape), d.add, d_keys, d_values, scratch);
-             });
+    cpu::run(op, cost, qkv.dtype(), [&](auto z) {
+      using T = decltype(z);
+      const int64_t stride = y.dim(1), width = n.group() * shape.head_dim;
+      const Saved<T> saved{{y.data<T>(), stride, width},
+                           {dy.data<T>(), stride, width},
+                           {lse.data<Acc<T>>(), shape.heads, n.group()}};
+      backward<T>(n, split(qkv.data<T>(), shape), scale, saved, split(d.tensor.data<T>(), shape),
+                  d.add, d_keys, d_values, scratch);
+    });
   });
   return y;
 }

@@ -136,10 +136,6 @@ std::unordered_map<int64_t, void*> three(const Tensor& t, const AttentionShape& 
 
 }  // namespace
 
-bool attention_fits(const Tensor& qkv, const AttentionShape& s) {
-  return qkv.dtype() == DType::bf16 && s.head_dim % 8 == 0 && s.head_dim <= 256;
-}
-
 void attention(const Tensor& qkv, const AttentionShape& s, float scale, int64_t window, Tensor y,
                Tensor stats, Stream stream) {
   auto tensors = three(qkv, s, kQ);

@@ -3,6 +3,8 @@
 // checks. All are asynchronous on `stream`, read and write device memory only, and may be called again before they
 // have run. Shapes, dtypes and formulas are those of the op in name.h; "wide" is fp32.
 
+#include <algorithm>
+
 #include "ops/attention.h"
 #include "ops/optimizer.h"
 #include "ops/router.h"
@@ -17,18 +19,20 @@ void grouped_input_gradient(const Tensor& dy, const Tensor& w, const Tensor& off
                             Stream);
 // dw[e][N, K] (+)= the sum over the records of dy[rows of e, N]^T x[rows of e, K]. One pass over dw for up to 8
 // records. fp32 or bf16 dw.
-void grouped_weight_gradient(std::span<const WgradRecord* const> records, Op::Into dw, Stream);
+void grouped_weight_gradient(std::span<WgradRecord* const> records, Op::Into dw, Stream);
 
 // norm.cu. delta and dsum may be empty; sum is x itself without a delta. parts: fp32 [norm_parts(T), H].
 void add_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& w, Tensor y, Tensor sum,
                   Tensor rstd, float eps, Stream);
-int norm_parts(int64_t rows);
+inline int64_t norm_parts(int64_t rows) { return std::min<int64_t>(rows, 264); }
 void add_rms_norm_backward(const Tensor& sum, const Tensor& dy, const Tensor& dsum, const Tensor& w,
                            const Tensor& rstd, Op::Into dx, Op::Into ddelta, Op::Into dw,
                            Tensor parts, Stream);
 
 // experts.cu. counts: i32 [order_workspace(pairs, experts)]; up to 512 experts.
-int64_t order_workspace(int64_t pairs, int64_t experts);
+inline int64_t order_workspace(int64_t pairs, int64_t experts) {
+  return (pairs + 1023) / 1024 * experts;
+}
 void order_by_expert(const Tensor& ids, int64_t experts, Tensor offsets, Tensor slots, Tensor pairs,
                      Tensor counts, Stream);
 // to[n] (+)= from[slots[n] / K] for the pairs in use; the tail is zeros.
@@ -42,7 +46,8 @@ void swiglu_backward(const Tensor& gate_up, const Tensor& weights, const Tensor&
                      const Tensor& offsets, const Tensor& dy, Op::Into d, Op::Into dweights,
                      Stream);
 
-// rope.cu. parts: fp32 [rope_parts(), 2, D].
+// rope.cu. parts: fp32, kRopeParts of [2, D].
+constexpr int64_t kRopeParts = 264;
 struct QkNormRope {
   Tensor qkv;
   const Param *q_norm, *k_norm;
@@ -52,7 +57,6 @@ struct QkNormRope {
   AttentionShape shape;
 };
 void qk_norm_rope(const QkNormRope& q, Tensor y, Stream);
-int rope_parts();
 void qk_norm_rope_backward(const QkNormRope& q, const Tensor& dy, Op::Into dx, Op::Into dw_q,
                            Op::Into dw_k, Tensor parts, Stream);
 
@@ -71,15 +75,15 @@ void z_terms(const Tensor& logits, Tensor terms, Tensor slopes, Stream);
 void sum_terms(const Tensor& terms, Tensor sum, Stream);  // in fp64
 void scale_by(const Tensor& slopes, const Tensor& seed, Op::Into into, Stream);
 
-// embedding.cu. workspace: bytes as embedding_workspace says, as int32.
+// embedding.cu. workspace: i32 [embedding_workspace(T)].
 void embedding(const Tensor& ids, const Tensor& w, Tensor y, Stream);
-size_t embedding_workspace(int64_t rows);
+inline int64_t embedding_workspace(int64_t rows) { return 8 * rows + (1 << 18); }
 void embedding_backward(const Tensor& ids, const Tensor& dy, Op::Into dw, Tensor workspace, Stream);
 // Of a chunk of rows: logits fp32 [rows, V]; dlogits may be empty, or the logits themselves.
 void cross_entropy(const Tensor& logits, const Tensor& labels, Tensor loss, Tensor dlogits, Stream);
 
-// optimizer.cu. parts: fp64 [squares_workspace()]; out: fp64 [1].
-int64_t squares_workspace();
+// optimizer.cu. parts: fp64 [kSquareParts]; out: fp64 [1].
+constexpr int64_t kSquareParts = 512;
 void sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream);
 void adamw_update(const AdamW& rule, const Tensor& grad, Tensor m, Tensor v, Tensor master,
                   Tensor value, Stream);
@@ -89,7 +93,10 @@ void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const voi
           DType in, void* c, DType out, bool add, Stream);
 
 // attention_cudnn.cpp. bf16, heads of up to 256 channels, a multiple of 8; no documents. stats: fp32 [B, Hq, S].
-bool attention_fits(const Tensor& qkv, const AttentionShape& shape);
+inline bool attention_fits(const Tensor& qkv, const AttentionShape& shape) {
+  return qkv.dtype() == DType::bf16 && shape.head_dim % 8 == 0 && shape.head_dim <= 256 &&
+         qkv.numel() > 0;
+}
 void attention(const Tensor& qkv, const AttentionShape& shape, float scale, int64_t window,
                Tensor y, Tensor stats, Stream);
 void attention_backward(const Tensor& qkv, const AttentionShape& shape, float scale, int64_t window,

@@ -72,6 +72,26 @@ template <class T> void run_head(Head& head) {
   }
 }
 
+void run_head_on_gpu(Head& head, auto stream) {
+  const int64_t tokens = head.x.dim(0), h = head.x.dim(1), v = head.w.dim(0);
+  const DType narrow = head.x.dtype();
+  if (tokens == 0 && head.dw && !head.dw.add) head.dw.tensor.fill_zero();
+  for (int64_t begin = 0; begin < tokens; begin += head.logits.dim(0)) {
+    const int64_t end = std::min(tokens, begin + head.logits.dim(0)), rows = end - begin;
+    const Tensor x = head.x.row_range(begin, end);
+    cuda::gemm(false, true, rows, v, h, x.raw(), head.w.raw(), narrow, head.logits.raw(),
+               DType::f32, false, stream);
+    cuda::cross_entropy(head.logits, head.labels.row_range(begin, end),
+                        head.token_loss.row_range(begin, end), head.dlogits, stream);
+    if (head.dx)
+      cuda::gemm(false, false, rows, h, v, head.dlogits.raw(), head.w.raw(), narrow,
+                 head.dx.row_range(begin, end).raw(), narrow, false, stream);
+    if (head.dw)
+      cuda::gemm(true, false, v, h, rows, head.dlogits.raw(), x.raw(), narrow, head.dw.tensor.raw(),
+                 DType::f32, head.dw.add || begin > 0, stream);
+  }
+}
+
 // The gradients were made for a seed of 1; another one multiplies that of x.
 void scale_by(Op& op, const Tensor& seed, Tensor dx, const Param& w) {
   const double factor = seed.device() == Device::cpu ? seed.to_vector<double>()[0] : 1.0;
@@ -92,18 +112,27 @@ Tensor embedding(Tape& tape, const Tensor& ids, Param& w, Loc at) {
   op.require(w.value.rank() == 2, "w must be [V, H]");
   check_ids(op, ids, "token id", 0, w.value.dim(0));
   Tensor y = op.output("y", {ids.dim(0), w.value.dim(1)}, w.value.dtype());
-  cpu::run(op, {.bytes = 2.0 * y.nbytes()}, y.dtype(), [&](auto z) {
-    auto *from = w.value.data<decltype(z)>(), *to = y.data<decltype(z)>();
-    const int32_t* id = ids.data<int32_t>();
-    const int64_t h = y.dim(1);
-    cpu::parallel_rows(ids.dim(0), h,
-                       [=](int64_t t) { std::copy_n(from + id[t] * h, h, to + t * h); });
-  });
+  cpu::run(
+      op, {.bytes = 2.0 * y.nbytes()}, y.dtype(),
+      [&](auto z) {
+        auto *from = w.value.data<decltype(z)>(), *to = y.data<decltype(z)>();
+        const int32_t* id = ids.data<int32_t>();
+        const int64_t h = y.dim(1);
+        cpu::parallel_rows(ids.dim(0), h,
+                           [=](int64_t t) { std::copy_n(from + id[t] * h, h, to + t * h); });
+      },
+      [&](auto stream) { cuda::embedding(ids, w.value, y, stream); });
   op.backward([y = y.identity(), ids, &w](Op& op) {
     const Tensor dy = op.grad(y);
     if (const auto dw = op.accumulate(w))
-      op.run({.bytes = double(dy.nbytes() + dw.tensor.nbytes())},
-             [&] { cpu::add_rows(dy, ids.data<int32_t>(), dw); });
+      op.run(
+          {.bytes = double(dy.nbytes() + dw.tensor.nbytes())},
+          [&] { cpu::add_rows(dy, ids.data<int32_t>(), dw); },
+          [&](auto stream) {
+            Tensor work = op.workspace("embedding_order", {cuda::embedding_workspace(ids.dim(0))},
+                                       DType::i32);
+            cuda::embedding_backward(ids, dy, dw, work, stream);
+          });
   });
   return y;
 }
@@ -130,12 +159,18 @@ HeadLoss head_loss(Tape& tape, const Tensor& x, Param& w, const Tensor& labels, 
   const double products = 1.0 + bool(head.dx) + bool(head.dw);
   const Cost cost{2.0 * products * rows * w.value.numel(),
                   products * (x.nbytes() + w.value.nbytes()) + 2.0 * rows * vocabulary * 4};
-  cpu::run(op, cost, x.dtype(), [&](auto z) {
-    using A = Acc<decltype(z)>;
-    run_head<decltype(z)>(head);
-    const auto loss = out.token_loss.span<A>();
-    out.sum.data<A>()[0] = A(std::accumulate(loss.begin(), loss.end(), 0.0));
-  });
+  cpu::run(
+      op, cost, x.dtype(),
+      [&](auto z) {
+        using A = Acc<decltype(z)>;
+        run_head<decltype(z)>(head);
+        const auto loss = out.token_loss.span<A>();
+        out.sum.data<A>()[0] = A(std::accumulate(loss.begin(), loss.end(), 0.0));
+      },
+      [&](auto stream) {
+        run_head_on_gpu(head, stream);
+        cuda::sum_terms(out.token_loss, out.sum, stream);
+      });
   if (head.dx)
     op.backward([sum = out.sum.identity(), x = x.identity(), dx = head.dx, &w](Op& op) {
       scale_by(op, op.grad(sum), dx, w);

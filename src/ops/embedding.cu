@@ -96,14 +96,6 @@ void embedding(const Tensor& ids, const Tensor& w, Tensor y, Stream stream) {
   });
 }
 
-size_t embedding_workspace(int64_t rows) {
-  size_t bytes = 0;
-  check(cub::DeviceRadixSort::SortPairs(nullptr, bytes, static_cast<int*>(nullptr),
-                                        static_cast<int*>(nullptr), static_cast<int*>(nullptr),
-                                        static_cast<int*>(nullptr), int(rows)));
-  return bytes + 3 * size_t(rows) * sizeof(int) + 16;
-}
-
 void embedding_backward(const Tensor& ids, const Tensor& dy, Op::Into dw, Tensor workspace,
                         Stream stream) {
   const int rows = int(dy.dim(0)), width = int(dy.dim(1));

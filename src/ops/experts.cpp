@@ -59,6 +59,14 @@ static void collect(const Tensor& y, const ExpertOrder& order, Tensor x, bool ad
   });
 }
 
+static void move_on_gpu(const Tensor& from, const ExpertOrder& order, const Tensor& to, bool gather,
+                        bool add, auto stream) {
+  if (gather)
+    cuda::spread_rows(from, order.slots, order.offsets, order.pairs.dim(1), to, add, stream);
+  else
+    cuda::collect_rows(from, order.pairs, to, add, stream);
+}
+
 // gather: spread; else collect. Each is the other's backward.
 static Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const ExpertOrder& order,
                         bool gather, Loc at) {
@@ -67,15 +75,21 @@ static Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const 
   check_order(op, order, from, gather ? rows : pairs);
   Tensor to = op.output(name, {gather ? pairs : rows, from.dim(1)}, from.dtype());
   const Cost cost{.bytes = double(from.nbytes() + to.nbytes())};
-  cpu::run(op, cost, from.dtype(), [&](auto z) {
-    (gather ? spread<decltype(z)> : collect<decltype(z)>)(from, order, to, false);
-  });
+  cpu::run(
+      op, cost, from.dtype(),
+      [&](auto z) {
+        (gather ? spread<decltype(z)> : collect<decltype(z)>)(from, order, to, false);
+      },
+      [&](auto stream) { move_on_gpu(from, order, to, gather, false, stream); });
   op.backward([=](Op& op) {
     const Tensor d_to = op.grad(to);
     if (auto d = op.accumulate(from))
-      cpu::run(op, cost, from.dtype(), [&](auto z) {
-        (gather ? collect<decltype(z)> : spread<decltype(z)>)(d_to, order, d.tensor, d.add);
-      });
+      cpu::run(
+          op, cost, from.dtype(),
+          [&](auto z) {
+            (gather ? collect<decltype(z)> : spread<decltype(z)>)(d_to, order, d.tensor, d.add);
+          },
+          [&](auto stream) { move_on_gpu(d_to, order, d.tensor, !gather, d.add, stream); });
   });
   return to;
 }
@@ -151,22 +165,30 @@ ExpertOrder order_by_expert(Tape& tape, const Tensor& ids, int64_t experts, Loc 
   ExpertOrder order{op.workspace("expert_offsets", {experts + 1}, DType::i32),
                     op.workspace("expert_slots", {ids.numel()}, DType::i32),
                     op.workspace("expert_pairs", ids.shape(), DType::i32)};
-  op.run({.bytes = 4.0 * ids.nbytes()}, [&] {
-    check_expert_ids(ids, experts);
-    const int32_t* id = ids.data<int32_t>();
-    int32_t *offsets = order.offsets.data<int32_t>(), *slots = order.slots.data<int32_t>(),
-            *pairs = order.pairs.data<int32_t>();
-    std::vector<int32_t> next(size_t(experts) + 1, 0);
-    for (int64_t i = 0; i < ids.numel(); ++i) ++next[size_t(int64_t(id[i]) + 1)];
-    next[0] = 0;  // counted the ids of -1
-    for (int64_t e = 0; e < experts; ++e) next[size_t(e + 1)] += next[size_t(e)];
-    std::copy(next.begin(), next.end(), offsets);
-    for (int64_t i = 0; i < ids.numel(); ++i) {
-      pairs[i] = id[i] < 0 ? -1 : next[size_t(id[i])]++;
-      if (id[i] >= 0) slots[pairs[i]] = int32_t(i);
-    }
-    std::fill(slots + offsets[experts], slots + ids.numel(), -1);
-  });
+  op.run(
+      {.bytes = 4.0 * ids.nbytes()},
+      [&] {
+        check_expert_ids(ids, experts);
+        const int32_t* id = ids.data<int32_t>();
+        int32_t *offsets = order.offsets.data<int32_t>(), *slots = order.slots.data<int32_t>(),
+                *pairs = order.pairs.data<int32_t>();
+        std::vector<int32_t> next(size_t(experts) + 1, 0);
+        for (int64_t i = 0; i < ids.numel(); ++i) ++next[size_t(int64_t(id[i]) + 1)];
+        next[0] = 0;  // counted the ids of -1
+        for (int64_t e = 0; e < experts; ++e) next[size_t(e + 1)] += next[size_t(e)];
+        std::copy(next.begin(), next.end(), offsets);
+        for (int64_t i = 0; i < ids.numel(); ++i) {
+          pairs[i] = id[i] < 0 ? -1 : next[size_t(id[i])]++;
+          if (id[i] >= 0) slots[pairs[i]] = int32_t(i);
+        }
+        std::fill(slots + offsets[experts], slots + ids.numel(), -1);
+      },
+      [&](auto stream) {
+        Tensor counts = op.workspace("expert_counts", {cuda::order_workspace(ids.numel(), experts)},
+                                     DType::i32);
+        cuda::order_by_expert(ids, experts, order.offsets, order.slots, order.pairs, counts,
+                              stream);
+      });
   return order;
 }
 
@@ -187,8 +209,10 @@ Tensor swiglu(Tape& tape, const Tensor& gate_up, const Tensor& weights, const Ex
   op.require(!weights || (weights.shape() == order.pairs.shape() && weights.dtype() == wide),
              "weights must be {} like pairs, not {}", name_of(wide), weights.str());
   Tensor y = op.output("swiglu", {gate_up.dim(0), gate_up.dim(1) / 2}, gate_up.dtype());
-  cpu::run(op, {.bytes = 1.5 * gate_up.nbytes()}, y.dtype(),
-           [&](auto z) { swiglu_forward<decltype(z)>(gate_up, weights, order, y); });
+  cpu::run(
+      op, {.bytes = 1.5 * gate_up.nbytes()}, y.dtype(),
+      [&](auto z) { swiglu_forward<decltype(z)>(gate_up, weights, order, y); },
+      [&](auto stream) { cuda::swiglu(gate_up, weights, order.slots, order.offsets, y, stream); });
   op.backward([=](Op& op) {
     const Tensor dy = op.grad(y);
     const Op::Into into = op.accumulate(gate_up),
@@ -196,15 +220,21 @@ Tensor swiglu(Tape& tape, const Tensor& gate_up, const Tensor& weights, const Ex
     if (!into && !dw) return;
     // Where nobody wants the larger gradient the kernel still needs a place to write it.
     Tensor d = into ? into.tensor : op.workspace("swiglu_grad", gate_up.shape(), gate_up.dtype());
-    op.run({.bytes = 2.5 * gate_up.nbytes()}, [&] {
-      // Slots of nobody have no pair that would write them.
-      if (dw && !dw.add) Tensor(dw.tensor).fill_zero();
-      by_float(y.dtype(), [&](auto z) {
-        using T = decltype(z);
-        const auto kernel = into.add ? swiglu_backward<T, true> : swiglu_backward<T, false>;
-        kernel(gate_up, weights, order, dy, d, dw.tensor);
-      });
-    });
+    op.run(
+        {.bytes = 2.5 * gate_up.nbytes()},
+        [&] {
+          // Slots of nobody have no pair that would write them.
+          if (dw && !dw.add) Tensor(dw.tensor).fill_zero();
+          by_float(y.dtype(), [&](auto z) {
+            using T = decltype(z);
+            const auto kernel = into.add ? swiglu_backward<T, true> : swiglu_backward<T, false>;
+            kernel(gate_up, weights, order, dy, d, dw.tensor);
+          });
+        },
+        [&](auto stream) {
+          cuda::swiglu_backward(gate_up, weights, order.slots, order.offsets, dy, {d, into.add}, dw,
+                                stream);
+        });
   });
   return y;
 }

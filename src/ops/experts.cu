@@ -166,10 +166,6 @@ const int* used_of(const Tensor& offsets) {
 
 }  // namespace
 
-int64_t order_workspace(int64_t pairs, int64_t experts) {
-  return (pairs + kChunk - 1) / kChunk * experts;
-}
-
 void order_by_expert(const Tensor& ids, int64_t experts, Tensor offsets, Tensor slots, Tensor pairs,
                      Tensor counts, Stream stream) {
   if (experts > kMaxExperts) fail("{} experts: the CUDA sort takes up to {}", experts, kMaxExperts);

@@ -406,8 +406,7 @@ void grouped_input_gradient(const Tensor& dy, const Tensor& w, const Tensor& off
   rows_times_weights(Kind::input_gradient, dy, w, offsets, dx, stream);
 }
 
-void grouped_weight_gradient(std::span<const WgradRecord* const> records, Op::Into dw,
-                             Stream stream) {
+void grouped_weight_gradient(std::span<WgradRecord* const> records, Op::Into dw, Stream stream) {
   const Tensor& out = dw.tensor;
   const int experts = int(out.dim(0)), n = int(out.dim(1)), k = int(out.dim(2));
   const bool fast = experts <= kMaxExperts && out.dtype() != DType::f64 &&

@@ -16,9 +16,9 @@ struct Rows {
 };
 
 // The rows of each group; what lies behind the last is the unused tail. All rows are one group
-// without offsets, and on meta.
+// without offsets, and where the host does not see them.
 std::vector<Rows> groups_of(const Tensor& x, const Tensor& offsets) {
-  if (!offsets || offsets.device() == Device::meta) return {{0, 0, x.dim(0)}};
+  if (!offsets || offsets.device() != Device::cpu) return {{0, 0, x.dim(0)}};
   const int32_t* at = offsets.data<int32_t>();
   std::vector<Rows> groups;
   for (int64_t e = 0; e + 1 < offsets.dim(0); ++e) groups.push_back({e, at[e], at[e + 1]});
@@ -53,6 +53,15 @@ void multiply(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offs
     y.row_range(used, y.dim(0)).fill_zero();
 }
 
+void multiply_on_gpu(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offsets,
+                     Tensor y, auto stream) {
+  if (offsets)
+    (trans_w ? cuda::grouped_forward : cuda::grouped_input_gradient)(x, w, offsets, y, stream);
+  else
+    cuda::gemm(false, trans_w, x.dim(0), y.dim(1), x.dim(1), x.raw(), w.raw(), x.dtype(), y.raw(),
+               y.dtype(), false, stream);
+}
+
 // dw (+)= dy^T x for every group. A group with more than a thread's share of the rows has all
 // threads for itself; the others run one thread each, largest first.
 void weight_gradient(const Tensor& x, const Tensor& dy, const Tensor& offsets, Op::Into dw) {
@@ -70,17 +79,36 @@ void weight_gradient(const Tensor& x, const Tensor& dy, const Tensor& offsets, O
   cpu::parallel_tasks(groups.size() - alone, [&](int64_t i) { product(groups[alone + i]); });
 }
 
-void run_record(Context& context, WgradRecord& r) {
+// The records of one parameter, in order: on the GPU grouped ones are one product.
+void run_records(Context& context, std::span<WgradRecord* const> records) {
+  const WgradRecord& first = *records[0];
   Tape tape(context, false);
-  Op op(tape, "linear wgrad", r.at, {{"x", r.x}, {"dy", r.dy}});
-  const int64_t groups = r.offsets ? r.offsets.dim(0) - 1 : 1;
-  op.require(
-      r.x.dim(0) == r.dy.dim(0) && r.param->grad.numel() == groups * r.dy.dim(1) * r.x.dim(1),
-      "the record does not fit the gradient {} of {}", r.param->grad.str(), r.param->name);
-  const auto dw = op.accumulate(*r.param);
-  op.run({flops_of(r.x, r.dy, r.offsets),
-          double(r.x.nbytes() + r.dy.nbytes() + (dw.add ? 2 : 1) * dw.tensor.nbytes())},
-         [&] { weight_gradient(r.x, r.dy, r.offsets, dw); });
+  Op op(tape, "linear wgrad", first.at, {{"x", first.x}, {"dy", first.dy}});
+  const auto dw = op.accumulate(*first.param);
+  Cost cost{.bytes = (dw.add ? 2.0 : 1.0) * dw.tensor.nbytes()};
+  for (const WgradRecord* r : records) {
+    const int64_t groups = r->offsets ? r->offsets.dim(0) - 1 : 1;
+    op.require(
+        r->x.dim(0) == r->dy.dim(0) && dw.tensor.numel() == groups * r->dy.dim(1) * r->x.dim(1),
+        "the record does not fit the gradient {} of {}", dw.tensor.str(), r->param->name);
+    cost.flops += flops_of(r->x, r->dy, r->offsets);
+    cost.bytes += double(r->x.nbytes() + r->dy.nbytes());
+  }
+  const auto add = [&](size_t i) { return dw.add || i > 0; };
+  op.run(
+      cost,
+      [&] {
+        for (size_t i = 0; i < records.size(); ++i)
+          weight_gradient(records[i]->x, records[i]->dy, records[i]->offsets, {dw.tensor, add(i)});
+      },
+      [&](auto stream) {
+        if (first.offsets) return cuda::grouped_weight_gradient(records, dw, stream);
+        for (size_t i = 0; i < records.size(); ++i) {
+          const Tensor &x = records[i]->x, &dy = records[i]->dy;
+          cuda::gemm(true, false, dy.dim(1), x.dim(1), x.dim(0), dy.raw(), x.raw(), x.dtype(),
+                     Tensor(dw.tensor).raw(), dw.tensor.dtype(), add(i), stream);
+        }
+      });
 }
 
 void add_bias(Tensor y, const Tensor& bias) {
@@ -106,10 +134,10 @@ Tensor product(Op& op, const Tensor& x, Param& w, const Tensor& offsets, LinearO
   op.require(!bias || bias->value.shape() == Shape{n}, "the bias must be [{}]", n);
   Tensor y = op.output("y", {x.dim(0), n}, options.out == DType::u8 ? x.dtype() : options.out);
   const Cost cost{flops_of(x, y, offsets), double(x.nbytes() + m.nbytes() + y.nbytes())};
-  op.run(cost, [&] {
-    multiply(x, m, true, offsets, y);
-    if (bias) add_bias(y, bias->value);
-  });
+  op.run(
+      cost, [&] { multiply(x, m, true, offsets, y); },
+      [&](auto stream) { multiply_on_gpu(x, m, true, offsets, y, stream); });
+  if (bias) op.run({.bytes = 2.0 * y.nbytes()}, [&] { add_bias(y, bias->value); });
   op.backward([=, y = y.identity(), &w](Op& op) {
     Tensor dy = op.grad(y);
     if (bias)
@@ -118,7 +146,9 @@ Tensor product(Op& op, const Tensor& x, Param& w, const Tensor& offsets, LinearO
     if (dy.dtype() != x.dtype()) dy = dy.to(x.dtype(), "dy");
     if (op.wants(x)) {
       Tensor dx = op.workspace("dx", x.shape(), x.dtype());
-      op.run(cost, [&] { multiply(dy, w.value, false, offsets, dx); });
+      op.run(
+          cost, [&] { multiply(dy, w.value, false, offsets, dx); },
+          [&](auto stream) { multiply_on_gpu(dy, w.value, false, offsets, dx, stream); });
       op.give(x, dx);
     }
     op.defer(w, x, dy, offsets);
@@ -153,9 +183,12 @@ void flush_wgrads(Context& context, std::span<WgradQueue*> queues) {
     next = std::stable_partition(next, records.end(), [param = (*next)->param](WgradRecord* r) {
       return r->param == param;
     });
-  for (WgradRecord* r : records) {
-    run_record(context, *r);
-    r->x = r->dy = r->offsets = {};  // the last use: free now, not when the queue is cleared
+  for (size_t i = 0, end; i < records.size(); i = end) {
+    for (end = i + 1; end < records.size() && records[end]->param == records[i]->param;) ++end;
+    const std::span<WgradRecord* const> of_one(&records[i], end - i);
+    run_records(context, of_one);
+    for (WgradRecord* r : of_one)
+      r->x = r->dy = r->offsets = {};  // the last use: free now, not when the queue is cleared
   }
   for (WgradQueue* queue : queues) queue->clear();
 }

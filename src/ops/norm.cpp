@@ -73,21 +73,33 @@ AddNorm add_rms_norm(Tape& tape, const Tensor& x, const Tensor& delta, Param& w,
   AddNorm out{op.output("y", x.shape(), x.dtype()),
               delta ? op.output("sum", x.shape(), x.dtype()) : x};
   Tensor rstd = op.workspace("rstd", {x.dim(0)}, master_dtype(x.dtype()));
-  cpu::run(op, {.bytes = (delta ? 4.0 : 2.0) * x.nbytes()}, x.dtype(),
-           [&](auto z) { forward<decltype(z)>(x, delta, w.value, out, rstd, eps); });
+  cpu::run(
+      op, {.bytes = (delta ? 4.0 : 2.0) * x.nbytes()}, x.dtype(),
+      [&](auto z) { forward<decltype(z)>(x, delta, w.value, out, rstd, eps); },
+      [&](auto stream) {
+        cuda::add_rms_norm(x, delta, w.value, out.y, out.sum, rstd, eps, stream);
+      });
   op.backward([x = x.identity(), delta = delta.identity(), has_delta = bool(delta),
                y = out.y.identity(), sum = out.sum, rstd, &w](Op& op) {
     const Tensor dy = op.grad(y), dsum = has_delta ? op.grad(sum) : Tensor();
     Op::Into grads[] = {op.accumulate(x), has_delta ? op.accumulate(delta) : Op::Into()};
-    const int64_t count = (x.dim(0) + kPartRows - 1) / kPartRows;
+    const int64_t count =
+        op.on_gpu() ? cuda::norm_parts(x.dim(0)) : (x.dim(0) + kPartRows - 1) / kPartRows;
     Tensor parts = op.workspace("dw_parts", {count, x.dim(1)}, rstd.dtype());
     const Op::Into dw = op.accumulate(w);
     const double passes = 3.0 + 2 * has_delta + grads[0].add + grads[1].add;
-    op.run({.bytes = passes * sum.nbytes()}, [&] {
-      by_float(sum.dtype(),
-               [&](auto z) { backward<decltype(z)>(sum, dy, dsum, w.value, rstd, grads, parts); });
-      if (dw) cpu::add_rows(parts, nullptr, dw);
-    });
+    op.run(
+        {.bytes = passes * sum.nbytes()},
+        [&] {
+          by_float(sum.dtype(), [&](auto z) {
+            backward<decltype(z)>(sum, dy, dsum, w.value, rstd, grads, parts);
+          });
+          if (dw) cpu::add_rows(parts, nullptr, dw);
+        },
+        [&](auto stream) {
+          cuda::add_rms_norm_backward(sum, dy, dsum, w.value, rstd, grads[0], grads[1], dw, parts,
+                                      stream);
+        });
   });
   return out;
 }

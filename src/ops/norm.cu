@@ -7,7 +7,6 @@ namespace pith::cuda {
 namespace {
 
 constexpr int kPieces = 4;  // of V elements that a thread holds at most
-constexpr int kPartBlocks = 264;
 
 template <class T, int V>
 __global__ void forward(const T* x, const T* delta, const T* w, T* y, T* sum, float* rstd, int h,
@@ -131,8 +130,6 @@ void add_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& w, Tensor 
     check(cudaGetLastError());
   });
 }
-
-int norm_parts(int64_t rows) { return int(std::min<int64_t>(rows, kPartBlocks)); }
 
 void add_rms_norm_backward(const Tensor& sum, const Tensor& dy, const Tensor& dsum, const Tensor& w,
                            const Tensor& rstd, Op::Into dx, Op::Into ddelta, Op::Into dw,

@@ -101,8 +101,15 @@ void muon(const Muon& rule, const Matrix& s, const T* grad, T* buf, T* master, V
 double sum_of_squares(Tape& tape, const Tensor& g, Loc at) {
   Op op(tape, "sum_of_squares", at, {{"g", g}});
   double sum = 0;
-  cpu::run(op, {.bytes = double(g.nbytes())}, g.dtype(),
-           [&](auto z) { sum = squares(g.data<decltype(z)>(), g.numel()); });
+  cpu::run(
+      op, {.bytes = double(g.nbytes())}, g.dtype(),
+      [&](auto z) { sum = squares(g.data<decltype(z)>(), g.numel()); },
+      [&](auto stream) {
+        const Tensor parts = op.workspace("squares", {cuda::kSquareParts}, DType::f64),
+                     out = op.workspace("squares", {1}, DType::f64);
+        cuda::sum_of_squares(g, parts, out, stream);
+        sum = out.template to_vector<double>()[0];
+      });
   return sum;
 }
 
@@ -112,11 +119,14 @@ void adamw_update(Tape& tape, const AdamW& rule, const Tensor& grad, Tensor m, T
         {{"grad", grad}, {"m", m}, {"v", v}, {"master", master}, {"value", value}});
   check_update(op, value, {grad, m, v, master});
   op.require(rule.step >= 1, "step counts from 1, not {}", rule.step);
-  cpu::run(op, {.bytes = 7.0 * grad.nbytes() + value.nbytes()}, value.dtype(), [&](auto z) {
-    using T = cpu::Acc<decltype(z)>;
-    adamw(rule, grad.numel(), grad.data<T>(), m.data<T>(), v.data<T>(), master.data<T>(),
-          value.data<decltype(z)>());
-  });
+  cpu::run(
+      op, {.bytes = 7.0 * grad.nbytes() + value.nbytes()}, value.dtype(),
+      [&](auto z) {
+        using T = cpu::Acc<decltype(z)>;
+        adamw(rule, grad.numel(), grad.data<T>(), m.data<T>(), v.data<T>(), master.data<T>(),
+              value.data<decltype(z)>());
+      },
+      [&](auto stream) { cuda::adamw_update(rule, grad, m, v, master, value, stream); });
 }
 
 void muon_update(Tape& tape, const Muon& rule, const Tensor& grad, Tensor buf, Tensor master,

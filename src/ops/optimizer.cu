@@ -4,8 +4,6 @@
 namespace pith::cuda {
 namespace {
 
-constexpr int kSumBlocks = 512;
-
 // A fixed share of the elements for each block, so that the order of additions does not change.
 __global__ void squares(const float* g, int64_t n, double* parts) {
   __shared__ double scratch[8];
@@ -62,11 +60,11 @@ __global__ void adamw(const Rates r, int64_t n, const float* grad, float* m, flo
 
 }  // namespace
 
-int64_t squares_workspace() { return kSumBlocks; }
-
 void sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream stream) {
-  squares<<<kSumBlocks, 256, 0, stream>>>(data<const float>(g), g.numel(), data<double>(parts));
-  sum_squares<<<1, 32, 0, stream>>>(data<const double>(parts), kSumBlocks, data<double>(out));
+  squares<<<int(kSquareParts), 256, 0, stream>>>(data<const float>(g), g.numel(),
+                                                 data<double>(parts));
+  sum_squares<<<1, 32, 0, stream>>>(data<const double>(parts), int(kSquareParts),
+                                    data<double>(out));
   check(cudaGetLastError());
 }
 

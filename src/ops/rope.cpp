@@ -134,6 +134,7 @@ struct Call {
     });
   }
   int64_t chunks() const { return (qkv.dim(0) + kChunk - 1) / kChunk; }
+  cuda::QkNormRope on_gpu() const { return {qkv, q_norm, k_norm, eps, table, positions, shape}; }
 };
 
 void rope_backward(Op& op, const Call& call, const Tensor& dy) {
@@ -142,19 +143,25 @@ void rope_backward(Op& op, const Call& call, const Tensor& dy) {
   const Op::Into dw_q = call.q_norm ? op.accumulate(*call.q_norm) : Op::Into{};
   const Op::Into dw_k = call.k_norm ? op.accumulate(*call.k_norm) : Op::Into{};
   if (!dx) dx.tensor = op.workspace("qk_norm_rope_dx", qkv.shape(), qkv.dtype());
-  const int64_t chunks = call.chunks(), dim = call.shape.head_dim;
+  const int64_t dim = call.shape.head_dim;
+  const int64_t chunks = std::max(op.on_gpu() ? cuda::kRopeParts : 0, call.chunks());
   Tensor dw = op.workspace("qk_norm_dw", {2 * chunks, dim}, master_dtype(qkv.dtype()));
-  cpu::run(op, {.bytes = 3.0 * qkv.nbytes()}, qkv.dtype(), [&](auto type) {
-    using T = decltype(type);
-    dw.fill_zero();
-    call.for_tokens<T>([&](const Rope<T>& rope, int64_t t, Acc<T>* z) {
-      Acc<T>* of_chunk = dw.data<Acc<T>>() + t / kChunk * dim;
-      rope.backward(t, dy.data<T>(), dx.tensor.data<T>(), dx.add, of_chunk, of_chunk + chunks * dim,
-                    z);
-    });
-    if (dw_q) cpu::add_rows(dw.row_range(0, chunks), nullptr, dw_q);
-    if (dw_k) cpu::add_rows(dw.row_range(chunks, 2 * chunks), nullptr, dw_k);
-  });
+  cpu::run(
+      op, {.bytes = 3.0 * qkv.nbytes()}, qkv.dtype(),
+      [&](auto type) {
+        using T = decltype(type);
+        dw.fill_zero();
+        call.for_tokens<T>([&](const Rope<T>& rope, int64_t t, Acc<T>* z) {
+          Acc<T>* of_chunk = dw.data<Acc<T>>() + t / kChunk * dim;
+          rope.backward(t, dy.data<T>(), dx.tensor.data<T>(), dx.add, of_chunk,
+                        of_chunk + chunks * dim, z);
+        });
+        if (dw_q) cpu::add_rows(dw.row_range(0, chunks), nullptr, dw_q);
+        if (dw_k) cpu::add_rows(dw.row_range(chunks, 2 * chunks), nullptr, dw_k);
+      },
+      [&](auto stream) {
+        cuda::qk_norm_rope_backward(call.on_gpu(), dy, dx, dw_q, dw_k, dw, stream);
+      });
 }
 
 }  // namespace
@@ -167,11 +174,15 @@ Tensor qk_norm_rope(Tape& tape, const Tensor& qkv, Param* q_norm, Param* k_norm,
   const Call call{qkv, q_norm, k_norm, eps, rope, positions, shape};
   call.check(op);
   Tensor y = op.output("qk_norm_rope", qkv.shape(), qkv.dtype());
-  cpu::run(op, {.bytes = 2.0 * qkv.nbytes()}, qkv.dtype(), [&](auto type) {
-    using T = decltype(type);
-    T* to = y.data<T>();
-    call.for_tokens<T>([&](const Rope<T>& rope, int64_t t, Acc<T>* z) { rope.forward(t, to, z); });
-  });
+  cpu::run(
+      op, {.bytes = 2.0 * qkv.nbytes()}, qkv.dtype(),
+      [&](auto type) {
+        using T = decltype(type);
+        T* to = y.data<T>();
+        call.for_tokens<T>(
+            [&](const Rope<T>& rope, int64_t t, Acc<T>* z) { rope.forward(t, to, z); });
+      },
+      [&](auto stream) { return cuda::qk_norm_rope(call.on_gpu(), y, stream); });
   op.backward([call, y = y.identity()](Op& op) { rope_backward(op, call, op.grad(y)); });
   return y;
 }

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int kWarps = 8,
               kMaxPairs = 8;  // pairs of V channels that a lane holds: heads of up to 512 channels
-constexpr int kPartBlocks = 264;
 
 template <class T> struct Call {
   const T *x, *wq, *wk;
@@ -181,12 +180,10 @@ __global__ void backward(Call<T> c, const T* dy, T* dx, bool add, float* parts) 
 }
 
 // Calls f(call, V): V channels at a time where the halves of a head are whole pairs of channels.
-template <class F> void with_call(const QkNormRope& q, F f) {
+template <class F> bool with_call(const QkNormRope& q, F f) {
   const AttentionShape& s = q.shape;
   const int half = int(q.rope.cos.dim(1));
-  if (s.head_dim > 64 * kMaxPairs || s.head_dim % 2)
-    fail("heads of {} channels: the CUDA kernel takes even sizes up to {}", s.head_dim,
-         64 * kMaxPairs);
+  if (s.head_dim > 64 * kMaxPairs || s.head_dim % 2) return false;
   by_float_on_device(q.qkv.dtype(), [&](auto z) {
     using T = decltype(z);
     if constexpr (sizeof(T) < 8) {
@@ -209,33 +206,32 @@ template <class F> void with_call(const QkNormRope& q, F f) {
         f(call, std::integral_constant<int, 1>());
     }
   });
+  return true;
 }
 
 }  // namespace
 
-void qk_norm_rope(const QkNormRope& q, Tensor y, Stream stream) {
-  if (y.numel() == 0) return;
-  with_call(q, [&]<class T>(const Call<T>& call, auto v) {
+bool qk_norm_rope(const QkNormRope& q, Tensor y, Stream stream) {
+  if (y.numel() == 0) return true;
+  return with_call(q, [&]<class T>(const Call<T>& call, auto v) {
     const int64_t items = q.qkv.numel() / q.shape.head_dim;
     forward<T, v><<<blocks_for(items, kWarps), 32 * kWarps, 0, stream>>>(call, data<T>(y));
     check(cudaGetLastError());
   });
 }
 
-int rope_parts() { return kPartBlocks; }
-
 void qk_norm_rope_backward(const QkNormRope& q, const Tensor& dy, Op::Into dx, Op::Into dw_q,
                            Op::Into dw_k, Tensor parts, Stream stream) {
   const int dim = int(q.shape.head_dim);
   with_call(q, [&]<class T>(const Call<T>& call, auto v) {
-    backward<T, v><<<kPartBlocks, 32 * kWarps, kWarps * 2 * dim * sizeof(float), stream>>>(
+    backward<T, v><<<int(kRopeParts), 32 * kWarps, kWarps * 2 * dim * sizeof(float), stream>>>(
         call, data<const T>(dy), data<T>(dx.tensor), dx.add, data<float>(parts));
     check(cudaGetLastError());
   });
   // Two columns of parts side by side: [parts, 2, D].
   for (int which = 0; which < 2; ++which)
     if (const Op::Into& dw = which ? dw_k : dw_q)
-      sum_parts(data<const float>(parts) + which * dim, kPartBlocks, dim, 2 * dim,
+      sum_parts(data<const float>(parts) + which * dim, int(kRopeParts), dim, 2 * dim,
                 data<float>(dw.tensor), dw.add, stream);
 }
 

@@ -113,27 +113,39 @@ static void count_ids(const Tensor& ids, int64_t groups, Tensor counts) {
 // A loss that is a sum over the rows of x [T, E]: row(t, x_t, d_t) returns a row's term and writes
 // its gradient. The terms are added in fp64 in the order of tokens, so the sum does not depend on
 // the number of threads.
-template <class F> static Tensor sum_over_tokens(Op& op, const char* name, const Tensor& x, F row) {
+// on_gpu(terms, slopes, stream) does the same for all rows.
+template <class F, class G>
+static Tensor sum_over_tokens(Op& op, const char* name, const Tensor& x, F row, G on_gpu) {
   Tensor loss = op.output(name, {1}, x.dtype());
   Tensor terms = op.workspace("loss_terms", {x.dim(0)}, x.dtype());
   Tensor slope = op.workspace("loss_slope", x.shape(), x.dtype());
-  cpu::run_wide(op, {.bytes = 2.0 * x.nbytes()}, x.dtype(), [&](auto z) {
-    using A = decltype(z);
-    const int64_t experts = x.dim(1);
-    A* term = terms.data<A>();
-    cpu::parallel_rows(x.dim(0), experts, [&](int64_t t) {
-      term[t] = row(t, x.data<A>() + t * experts, slope.data<A>() + t * experts);
-    });
-    loss.data<A>()[0] = A(std::accumulate(term, term + x.dim(0), 0.0));
-  });
+  cpu::run_wide(
+      op, {.bytes = 2.0 * x.nbytes()}, x.dtype(),
+      [&](auto z) {
+        using A = decltype(z);
+        const int64_t experts = x.dim(1);
+        A* term = terms.data<A>();
+        cpu::parallel_rows(x.dim(0), experts, [&](int64_t t) {
+          term[t] = row(t, x.data<A>() + t * experts, slope.data<A>() + t * experts);
+        });
+        loss.data<A>()[0] = A(std::accumulate(term, term + x.dim(0), 0.0));
+      },
+      [&](auto stream) {
+        on_gpu(terms, slope, stream);
+        cuda::sum_terms(terms, loss, stream);
+      });
   op.backward([=](Op& op) {
     const Tensor dloss = op.grad(loss);
     if (auto d = op.accumulate(x))
-      cpu::run_wide(op, {.bytes = 2.0 * x.nbytes()}, x.dtype(), [&](auto z) {
-        using A = decltype(z);
-        const A seed = dloss.data<A>()[0], *from = slope.data<A>();
-        cpu::store(d.tensor.data<A>(), d.add, x.numel(), [=](int64_t i) { return seed * from[i]; });
-      });
+      cpu::run_wide(
+          op, {.bytes = 2.0 * x.nbytes()}, x.dtype(),
+          [&](auto z) {
+            using A = decltype(z);
+            const A seed = dloss.data<A>()[0], *from = slope.data<A>();
+            cpu::store(d.tensor.data<A>(), d.add, x.numel(),
+                       [=](int64_t i) { return seed * from[i]; });
+          },
+          [&](auto stream) { cuda::scale_by(slope, dloss, d, stream); });
   });
   return loss;
 }
@@ -154,20 +166,28 @@ Routing route_top_k(Tape& tape, const Tensor& logits, const RouterRule& rule, co
   Routing out{op.workspace("expert_ids", chosen, DType::i32),
               op.output("router_weights", chosen, logits.dtype()),
               op.output("router_scores", logits.shape(), logits.dtype())};
-  op.run({.bytes = 2.0 * logits.nbytes()}, [&] {
-    if (replay) {
-      check_expert_ids(replay, logits.dim(1));
-      out.ids.copy_from(replay);
-    }
-    cpu::by_wide(logits.dtype(), [&](auto z) {
-      route_forward<decltype(z)>(logits, rule, bias, bool(replay), out);
-    });
-  });
+  op.run(
+      {.bytes = 2.0 * logits.nbytes()},
+      [&] {
+        if (replay) {
+          check_expert_ids(replay, logits.dim(1));
+          out.ids.copy_from(replay);
+        }
+        cpu::by_wide(logits.dtype(), [&](auto z) {
+          route_forward<decltype(z)>(logits, rule, bias, bool(replay), out);
+        });
+      },
+      [&](auto stream) {
+        if (replay) Tensor(out.ids).copy_from(replay);
+        cuda::route_top_k(logits, rule, bias, !replay, out, stream);
+      });
   op.backward([=](Op& op) {
     const Tensor dw = op.grad(out.weights), ds = op.grad(out.scores);
     if (auto d = op.accumulate(logits))
-      cpu::run_wide(op, {.bytes = 3.0 * logits.nbytes()}, logits.dtype(),
-                    [&](auto z) { route_backward<decltype(z)>(rule, out, dw, ds, d); });
+      cpu::run_wide(
+          op, {.bytes = 3.0 * logits.nbytes()}, logits.dtype(),
+          [&](auto z) { route_backward<decltype(z)>(rule, out, dw, ds, d); },
+          [&](auto stream) { cuda::route_top_k_backward(rule, out, dw, ds, d, stream); });
   });
   return out;
 }
@@ -176,18 +196,23 @@ Tensor balanced_ids(Tape& tape, int64_t tokens, int64_t top_k, int64_t experts, 
   Op op(tape, "balanced_ids", at, {});
   op.require(top_k >= 1 && top_k <= experts, "top_k is {} of {} experts", top_k, experts);
   Tensor ids = op.workspace("expert_ids", {tokens, top_k}, DType::i32);
-  op.run({.bytes = double(ids.nbytes())}, [&] {
-    int32_t* p = ids.data<int32_t>();
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t j = 0; j < top_k; ++j) *p++ = int32_t((t + j * (experts / top_k)) % experts);
-  });
+  op.run(
+      {.bytes = double(ids.nbytes())},
+      [&] {
+        int32_t* p = ids.data<int32_t>();
+        for (int64_t t = 0; t < tokens; ++t)
+          for (int64_t j = 0; j < top_k; ++j) *p++ = int32_t((t + j * (experts / top_k)) % experts);
+      },
+      [&](auto stream) { cuda::balanced_ids(ids, experts, stream); });
   return ids;
 }
 
 void count_experts(Tape& tape, const Tensor& ids, Tensor& counts, Loc at) {
   Op op(tape, "count_experts", at, {{"ids", ids}, {"counts", counts}});
   op.require(counts.dtype() <= DType::f32, "counts must be fp32 or fp64");
-  op.run({.bytes = double(ids.nbytes())}, [&] { count_ids(ids, 1, counts); });
+  op.run(
+      {.bytes = double(ids.nbytes())}, [&] { count_ids(ids, 1, counts); },
+      [&](auto stream) { cuda::count_ids(ids, 1, 1, counts, true, stream); });
 }
 
 Tensor expert_fractions(Tape& tape, const Tensor& ids, int64_t experts, int64_t groups, Loc at) {
@@ -197,13 +222,18 @@ Tensor expert_fractions(Tape& tape, const Tensor& ids, int64_t experts, int64_t 
   const DType wide = master_dtype(op.context().dtype);
   Tensor fractions = op.workspace("expert_fractions", {groups, experts}, wide);
   const int64_t choices = ids.numel() / groups;  // of one group; exact
-  op.run({.bytes = double(ids.nbytes())}, [&] {
-    fractions.fill_zero();
-    count_ids(ids, groups, fractions);
-    cpu::by_wide(fractions.dtype(), [&](auto z) {
-      for (auto& f : fractions.span<decltype(z)>()) f /= decltype(z)(choices);
-    });
-  });
+  op.run(
+      {.bytes = double(ids.nbytes())},
+      [&] {
+        fractions.fill_zero();
+        count_ids(ids, groups, fractions);
+        cpu::by_wide(fractions.dtype(), [&](auto z) {
+          for (auto& f : fractions.span<decltype(z)>()) f /= decltype(z)(choices);
+        });
+      },
+      [&](auto stream) {
+        cuda::count_ids(ids, groups, 1.0 / double(choices), fractions, false, stream);
+      });
   return fractions;
 }
 
@@ -219,25 +249,35 @@ Tensor balance_loss(Tape& tape, const Tensor& scores, const Tensor& fractions, i
   const int64_t experts = scores.dim(1), per_row = scores.dim(0) / fractions.dim(0);
   const double scale = double(experts) / double(scores.dim(0));
   // With S = sum_i s_i: the term is q = sum_i f_i s_i / S, and dq/ds_i = (f_i - q) / S.
-  return sum_over_tokens(op, "balance_loss", scores, [=](int64_t t, const auto* s, auto* d) {
-    using A = std::remove_reference_t<decltype(*d)>;
-    const A* f = fractions.data<A>() + t / per_row * experts;
-    const A inverse = A(1) / std::accumulate(s, s + experts, A(0));
-    const A q = cpu::dot(f, s, experts) * inverse;
-    for (int64_t e = 0; e < experts; ++e) d[e] = A(scale) * inverse * (f[e] - q);
-    return A(scale) * q;
-  });
+  return sum_over_tokens(
+      op, "balance_loss", scores,
+      [=](int64_t t, const auto* s, auto* d) {
+        using A = std::remove_reference_t<decltype(*d)>;
+        const A* f = fractions.data<A>() + t / per_row * experts;
+        const A inverse = A(1) / std::accumulate(s, s + experts, A(0));
+        const A q = cpu::dot(f, s, experts) * inverse;
+        for (int64_t e = 0; e < experts; ++e) d[e] = A(scale) * inverse * (f[e] - q);
+        return A(scale) * q;
+      },
+      [&](const Tensor& terms, const Tensor& slopes, auto stream) {
+        cuda::balance_terms(scores, fractions, groups, terms, slopes, stream);
+      });
 }
 
 Tensor z_loss(Tape& tape, const Tensor& logits, Loc at) {
   Op op(tape, "z_loss", at, {{"logits", logits}});
   require_wide(op, "logits", logits);
   const int64_t experts = logits.dim(1);
-  return sum_over_tokens(op, "z_loss", logits, [=](int64_t, const auto* x, auto* d) {
-    const auto lse = softmax_row(x, d, experts);
-    for (int64_t e = 0; e < experts; ++e) d[e] *= 2 * lse;
-    return lse * lse;
-  });
+  return sum_over_tokens(
+      op, "z_loss", logits,
+      [=](int64_t, const auto* x, auto* d) {
+        const auto lse = softmax_row(x, d, experts);
+        for (int64_t e = 0; e < experts; ++e) d[e] *= 2 * lse;
+        return lse * lse;
+      },
+      [&](const Tensor& terms, const Tensor& slopes, auto stream) {
+        cuda::z_terms(logits, terms, slopes, stream);
+      });
 }
 
 }  // namespace pith

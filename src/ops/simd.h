@@ -3,7 +3,7 @@
 
 #include <omp.h>
 
-#include "core/op.h"
+#include "ops/cuda.h"
 
 namespace pith::cpu {
 
@@ -34,15 +34,17 @@ inline float fast_exp(float x) {
 inline double fast_exp(double x) { return std::exp(x); }
 
 // op.run with f called on a value of the C++ type of a floating dtype.
-template <class F> void run(Op& op, Cost cost, DType dtype, F&& f) {
-  op.run(cost, [&] { by_float(dtype, f); });
+template <class F, class... Gpu> void run(Op& op, Cost cost, DType dtype, F&& f, Gpu... gpu) {
+  op.run(
+      cost, [&] { by_float(dtype, f); }, gpu...);
 }
 // The same where bf16 cannot be.
 template <class F> void by_wide(DType wide, F&& f) {
   wide == DType::f64 ? f(double{}) : f(float{});
 }
-template <class F> void run_wide(Op& op, Cost cost, DType wide, F&& f) {
-  op.run(cost, [&] { by_wide(wide, f); });
+template <class F, class... Gpu> void run_wide(Op& op, Cost cost, DType wide, F&& f, Gpu... gpu) {
+  op.run(
+      cost, [&] { by_wide(wide, f); }, gpu...);
 }
 
 // Rounds to the storage type.
