@@ -104,6 +104,7 @@ void release(void*) {}
 void copy(void*, const void*, size_t) { refuse(); }
 void fill_zero(void*, size_t) { refuse(); }
 bool convert(void*, DType, const void*, DType, int64_t) { refuse(); }
+bool add(void*, const void*, DType, int64_t) { refuse(); }
 void synchronize() { refuse(); }
 
 #endif

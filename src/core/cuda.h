@@ -32,6 +32,7 @@ void copy(void* to, const void* from, size_t bytes);
 void fill_zero(void* p, size_t bytes);
 // Between bf16 and fp32 in device memory; false for other types.
 bool convert(void* to, DType to_type, const void* from, DType from_type, int64_t n);
+bool add(void* to, const void* from, DType type, int64_t n);  // to += from, likewise
 void synchronize();
 Stream stream();
 

@@ -23,7 +23,7 @@ struct HostCopy {
 };
 std::mutex host_mutex;
 std::map<void*, HostCopy> host_copies;
-bool host_view = false;
+int host_view = 0;  // how many there are
 
 }  // namespace
 
@@ -91,10 +91,9 @@ void* Tensor::raw(DType want, bool writes) const {
   return static_cast<std::byte*>(data) + offset_;
 }
 
-HostView::HostView() { host_view = true; }
+HostView::HostView() { ++host_view; }
 HostView::~HostView() {
-  host_view = false;
-  host_copies.clear();
+  if (--host_view == 0) host_copies.clear();
 }
 void HostView::write_back() {
   for (const auto& [data, copy] : host_copies)
@@ -167,6 +166,21 @@ void Tensor::copy_from(const Tensor& src) {
       for (int64_t i = 0; i < n; ++i) out[i] = decltype(d)(To(in[i]));
     });
   });
+}
+
+void Tensor::add(const Tensor& other) {
+  if (device_ == Device::meta || numel() == 0) return;
+  if (device_ == Device::cuda && !host_view && cuda::add(raw(), other.raw(), dtype_, numel()))
+    return;
+  HostView view;
+  by_float(dtype_, [&](auto z) {
+    using T = decltype(z);
+    T* to = data<T>();
+    const T* from = other.data<T>();
+#pragma omp parallel for simd if (parallel : numel() > 65536)
+    for (int64_t i = 0; i < numel(); ++i) to[i] = T(to[i] + from[i]);
+  });
+  view.write_back();
 }
 
 std::string Tensor::str() const {

@@ -125,8 +125,9 @@ class Tensor {
   Tensor on(Device device) const;  // itself if it is there, else a copy; to meta: no memory
   void fill_zero();
   void copy_from(
-      const Tensor& src);   // as many elements; converts floating dtypes, between devices too
-  std::string str() const;  // "bf16[4, 128] cpu"
+      const Tensor& src);         // as many elements; converts floating dtypes, between devices too
+  void add(const Tensor& other);  // of the same shape and floating dtype, element by element
+  std::string str() const;        // "bf16[4, 128] cpu"
   // Converted copy, for tests and small results.
   template <class T> std::vector<T> to_vector() const {
     std::vector<T> out(static_cast<size_t>(numel()));

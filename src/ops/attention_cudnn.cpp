@@ -110,6 +110,7 @@ Plan make_plan(const AttentionShape& s, float scale, int64_t window, bool backwa
 
 const Plan& plan_for(const AttentionShape& s, float scale, int64_t window, bool backward) {
   static std::map<Key, Plan> plans;
+  handle();  // before anything else of the library
   const Key key{s.batch, s.sequence, s.heads, s.kv_heads, s.head_dim, window, scale, backward};
   auto it = plans.find(key);
   if (it == plans.end()) it = plans.emplace(key, make_plan(s, scale, window, backward)).first;

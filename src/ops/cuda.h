@@ -12,7 +12,7 @@
 namespace pith::cuda {
 
 // grouped_gemm.cu. Rows [offsets[e], offsets[e + 1]) belong to expert e; w is [E, N, K]; no host reads offsets.
-// y[R, N] = x[R, K] w[e]^T. Rows behind the last expert's are not written.
+// y[R, N] = x[R, K] w[e]^T; rows behind the last expert's are zeros.
 void grouped_forward(const Tensor& x, const Tensor& w, const Tensor& offsets, Tensor y, Stream);
 // dx[R, K] = dy[R, N] w[e]
 void grouped_input_gradient(const Tensor& dy, const Tensor& w, const Tensor& offsets, Tensor dx,
@@ -56,8 +56,8 @@ struct QkNormRope {
   Tensor positions;
   AttentionShape shape;
 };
-void qk_norm_rope(const QkNormRope& q, Tensor y, Stream);
-void qk_norm_rope_backward(const QkNormRope& q, const Tensor& dy, Op::Into dx, Op::Into dw_q,
+bool qk_norm_rope(const QkNormRope& q, Tensor y, Stream);  // false: odd or too long heads
+bool qk_norm_rope_backward(const QkNormRope& q, const Tensor& dy, Op::Into dx, Op::Into dw_q,
                            Op::Into dw_k, Tensor parts, Stream);
 
 // router.cu. Up to 512 experts. Without `choose`, out.ids are given.

@@ -337,6 +337,13 @@ __global__ void simple_gemm(const T* a, Strides sa, const T* b, Strides sb, Out*
   }
 }
 
+// Rows behind the last expert's.
+__global__ void zero_tail(uint8_t* y, int64_t rows, int64_t row_bytes, const int* used) {
+  const int64_t end = rows * row_bytes, step = int64_t(gridDim.x) * blockDim.x;
+  int64_t i = *used * row_bytes + int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (; i < end; i += step) y[i] = 0;
+}
+
 template <Kind kKind, class Out, bool kAdd> void launch(const Problem& p, Stream stream) {
   const auto kernel = grouped_gemm<kKind, Out, kAdd>;
   constexpr int bytes = sizeof(typename Gemm<kKind, Out, kAdd>::Shared);
@@ -374,6 +381,8 @@ void rows_times_weights(Kind kind, const Tensor& x, const Tensor& w, const Tenso
   const int experts = int(w.dim(0)), k = int(x.dim(1)), n = int(y.dim(1));
   const int* at = offsets.data<int32_t>();
   if (x.dim(0) == 0 || n == 0) return;
+  zero_tail<<<32, 256, 0, stream>>>(static_cast<uint8_t*>(y.raw()), y.dim(0),
+                                    n * int64_t(size_of(y.dtype())), at + experts);
   if (experts <= kMaxExperts && fits_tma(x) && fits_tma(w) && fits_tma(y)) {
     Problem p{.out_rows = data<Bf16>(y), .segments = 1, .experts = experts, .n = n, .k = k};
     p.segment[0] = {map_of(x, 1, x.dim(0), k, kM),

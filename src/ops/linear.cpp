@@ -16,9 +16,9 @@ struct Rows {
 };
 
 // The rows of each group; what lies behind the last is the unused tail. All rows are one group
-// without offsets, and where the host does not see them.
+// without offsets.
 std::vector<Rows> groups_of(const Tensor& x, const Tensor& offsets) {
-  if (!offsets || offsets.device() != Device::cpu) return {{0, 0, x.dim(0)}};
+  if (!offsets) return {{0, 0, x.dim(0)}};
   const int32_t* at = offsets.data<int32_t>();
   std::vector<Rows> groups;
   for (int64_t e = 0; e + 1 < offsets.dim(0); ++e) groups.push_back({e, at[e], at[e + 1]});
@@ -26,7 +26,8 @@ std::vector<Rows> groups_of(const Tensor& x, const Tensor& offsets) {
 }
 
 double flops_of(const Tensor& x, const Tensor& y, const Tensor& offsets) {
-  return 2.0 * groups_of(x, offsets).back().end * y.dim(1) * x.dim(1);
+  const bool seen = offsets && offsets.device() == Device::cpu;
+  return 2.0 * (seen ? groups_of(x, offsets).back().end : x.dim(0)) * y.dim(1) * x.dim(1);
 }
 
 std::byte* address(Tensor t, int64_t element) {

@@ -102,11 +102,17 @@ int threads_for(int64_t h, int v) {
   return int(((threads + pieces - 1) / pieces + 31) / 32 * 32);
 }
 
+// A warp's lanes are columns, the warps of a block take turns at the rows.
 __global__ void column_sums(const float* parts, int rows, int n, int stride, float* out, bool add) {
-  const int j = blockIdx.x * blockDim.x + threadIdx.x;
-  if (j >= n) return;
+  __shared__ float sums[32][33];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, j = blockIdx.x * 32 + lane;
   float sum = 0;
-  for (int r = 0; r < rows; ++r) sum += parts[int64_t(r) * stride + j];
+  if (j < n)
+    for (int r = warp; r < rows; r += 32) sum += parts[int64_t(r) * stride + j];
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || j >= n) return;
+  for (int w = 1; w < 32; ++w) sum += sums[w][lane];
   out[j] = (add ? out[j] : 0) + sum;
 }
 
@@ -114,7 +120,7 @@ __global__ void column_sums(const float* parts, int rows, int n, int stride, flo
 
 void sum_parts(const float* parts, int rows, int n, int stride, float* out, bool add,
                cudaStream_t stream) {
-  column_sums<<<blocks_for(n, 128), 128, 0, stream>>>(parts, rows, n, stride, out, add);
+  column_sums<<<blocks_for(n, 32), 1024, 0, stream>>>(parts, rows, n, stride, out, add);
   check(cudaGetLastError());
 }
 

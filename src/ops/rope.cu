@@ -220,19 +220,20 @@ bool qk_norm_rope(const QkNormRope& q, Tensor y, Stream stream) {
   });
 }
 
-void qk_norm_rope_backward(const QkNormRope& q, const Tensor& dy, Op::Into dx, Op::Into dw_q,
+bool qk_norm_rope_backward(const QkNormRope& q, const Tensor& dy, Op::Into dx, Op::Into dw_q,
                            Op::Into dw_k, Tensor parts, Stream stream) {
   const int dim = int(q.shape.head_dim);
-  with_call(q, [&]<class T>(const Call<T>& call, auto v) {
+  const bool fits = with_call(q, [&]<class T>(const Call<T>& call, auto v) {
     backward<T, v><<<int(kRopeParts), 32 * kWarps, kWarps * 2 * dim * sizeof(float), stream>>>(
         call, data<const T>(dy), data<T>(dx.tensor), dx.add, data<float>(parts));
     check(cudaGetLastError());
   });
-  // Two columns of parts side by side: [parts, 2, D].
+  // The two columns of parts side by side: [parts, 2, D].
   for (int which = 0; which < 2; ++which)
-    if (const Op::Into& dw = which ? dw_k : dw_q)
+    if (const Op::Into& dw = which ? dw_k : dw_q; fits && dw)
       sum_parts(data<const float>(parts) + which * dim, int(kRopeParts), dim, 2 * dim,
                 data<float>(dw.tensor), dw.add, stream);
+  return fits;
 }
 
 }  // namespace pith::cuda
