@@ -11,7 +11,7 @@ namespace {
 using Vec = std::vector<double>;
 using Vecs = std::vector<Vec>;
 
-Tensor ints(Shape shape, const std::vector<int32_t>& v) { return Tensor::of<int32_t>(shape, v); }
+Tensor ints(Shape shape, const std::vector<int32_t>& v) { return Tensor::of<int32_t>(shape, v).on(test_device()); }
 
 // A case without parameters.
 template <class Run, class Reference>

@@ -48,16 +48,18 @@ __global__ void add_rows_by_id(const T* dy, const int* ids, const int* token, in
 }
 
 // One block for each row of logits [rows, V]; see the CPU kernel. dlogits may be the logits, or null.
-template <class T>
+template <int V, class T>
 __global__ void cross_entropy(const float* logits, const int* labels, int64_t n, float* loss,
                               T* dlogits) {
   __shared__ float scratch_max[32], scratch_sum[32];
-  const int64_t row = int64_t(blockIdx.x) * n;
+  const int64_t row = int64_t(blockIdx.x) * n, step = int64_t(blockDim.x) * V;
   const int label = labels[blockIdx.x];
   const float* x = logits + row;
   if (label < 0) {
+    const float zeros[V] = {};
     if (threadIdx.x == 0) loss[blockIdx.x] = 0;
-    for (int64_t j = threadIdx.x; dlogits && j < n; j += blockDim.x) dlogits[row + j] = T(0.0f);
+    for (int64_t j = threadIdx.x * V; dlogits && j < n; j += step)
+      store<V>(dlogits + row + j, zeros);
     return;
   }
   float high = -INFINITY, sum = 0;  // sum of exp(x - high)
@@ -67,7 +69,15 @@ __global__ void cross_entropy(const float* logits, const int* labels, int64_t n,
     sum = sum * __expf(high - top) + other_sum * __expf(other_high - top);
     high = top;
   };
-  for (int64_t j = threadIdx.x; j < n; j += blockDim.x) merge(x[j], 1);
+  for (int64_t j = threadIdx.x * V; j < n; j += step) {
+    float v[V], most = -INFINITY, total = 0;
+    load<V>(x + j, v);
+#pragma unroll
+    for (int i = 0; i < V; ++i) most = fmaxf(most, v[i]);
+#pragma unroll
+    for (int i = 0; i < V; ++i) total += __expf(v[i] - most);
+    merge(most, total);
+  }
   for (int d = 16; d > 0; d /= 2)
     merge(__shfl_xor_sync(~0u, high, d), __shfl_xor_sync(~0u, sum, d));
   if (threadIdx.x % 32 == 0)
@@ -78,8 +88,13 @@ __global__ void cross_entropy(const float* logits, const int* labels, int64_t n,
   const float own = x[label], scale = 1 / sum;
   __syncthreads();  // before the gradient takes the place of x
   if (threadIdx.x == 0) loss[blockIdx.x] = logf(sum) + high - own;
-  for (int64_t j = threadIdx.x; dlogits && j < n; j += blockDim.x)
-    dlogits[row + j] = T(__expf(x[j] - high) * scale - (j == label ? 1.0f : 0.0f));
+  for (int64_t j = threadIdx.x * V; dlogits && j < n; j += step) {
+    float v[V];
+    load<V>(x + j, v);
+#pragma unroll
+    for (int i = 0; i < V; ++i) v[i] = __expf(v[i] - high) * scale - (j + i == label ? 1.0f : 0.0f);
+    store<V>(dlogits + row + j, v);
+  }
 }
 
 }  // namespace
@@ -119,9 +134,11 @@ void cross_entropy(const Tensor& logits, const Tensor& labels, Tensor loss, Tens
                    Stream stream) {
   const int rows = int(labels.dim(0));
   if (rows == 0) return;
+  const int64_t n = logits.dim(1);
   const auto run = [&]<class T>(T* to) {
-    cross_entropy<<<rows, 1024, 0, stream>>>(data<const float>(logits), data<const int>(labels),
-                                             logits.dim(1), data<float>(loss), to);
+    const auto kernel = n % 4 == 0 ? cross_entropy<4, T> : cross_entropy<1, T>;
+    kernel<<<rows, 1024, 0, stream>>>(data<const float>(logits), data<const int>(labels), n,
+                                      data<float>(loss), to);
     check(cudaGetLastError());
   };
   if (dlogits && dlogits.dtype() == DType::bf16)

@@ -160,7 +160,7 @@ void rope_backward(Op& op, const Call& call, const Tensor& dy) {
         if (dw_k) cpu::add_rows(dw.row_range(chunks, 2 * chunks), nullptr, dw_k);
       },
       [&](auto stream) {
-        cuda::qk_norm_rope_backward(call.on_gpu(), dy, dx, dw_q, dw_k, dw, stream);
+        return cuda::qk_norm_rope_backward(call.on_gpu(), dy, dx, dw_q, dw_k, dw, stream);
       });
 }
 

@@ -32,7 +32,7 @@ template <class T> __device__ int high_of(const Call<T>& c, int p) {
   return p < c.half ? p + c.half : p + c.dim / 2;
 }
 
-template <class T, int V> __global__ void forward(Call<T> c, T* y) {
+template <class T, int V, int kPairs> __global__ void forward(Call<T> c, T* y) {
   const int lane = threadIdx.x % 32, pairs = c.dim / 2;
   const int64_t items = c.tokens * c.all_heads();
   for (int64_t item = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; item < items;
@@ -41,9 +41,9 @@ template <class T, int V> __global__ void forward(Call<T> c, T* y) {
     const int64_t t = item / c.all_heads();
     const T* in = c.x + item * c.dim;
     T* out = y + item * c.dim;
-    float a[kMaxPairs][V], b[kMaxPairs][V], squares = 0;
+    float a[kPairs][V], b[kPairs][V], squares = 0;
 #pragma unroll
-    for (int i = 0; i < kMaxPairs; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
       const int p = (i * 32 + lane) * V;
       if (p >= pairs) break;
       load<V>(in + low_of(c, p), a[i]);
@@ -55,7 +55,7 @@ template <class T, int V> __global__ void forward(Call<T> c, T* y) {
     const float r = w ? 1 / sqrtf(warp_sum(squares) / c.dim + c.eps) : 1;
     const int64_t table = c.rotated(h) ? int64_t(c.positions[t]) * c.half : 0;
 #pragma unroll
-    for (int i = 0; i < kMaxPairs; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
       const int p = (i * 32 + lane) * V;
       if (p >= pairs) break;
       if (w) {
@@ -86,21 +86,21 @@ template <class T, int V> __global__ void forward(Call<T> c, T* y) {
 }
 
 // parts [blocks, 2, D]: each block's sums for the weights of q and k.
-template <class T, int V>
+template <class T, int V, int kPairs>
 __global__ void backward(Call<T> c, const T* dy, T* dx, bool add, float* parts) {
   extern __shared__ float sums[];  // [warps][2][D]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pairs = c.dim / 2;
   const int64_t items = c.tokens * c.all_heads();
-  float dw[2][kMaxPairs][2][V] = {};
+  float dw[2][kPairs][2][V] = {};
   for (int64_t item = int64_t(blockIdx.x) * kWarps + warp; item < items;
        item += int64_t(gridDim.x) * kWarps) {
     const int h = int(item % c.all_heads());
     const int64_t t = item / c.all_heads();
     const T *in = c.x + item * c.dim, *g = dy + item * c.dim;
-    float a[kMaxPairs][V], b[kMaxPairs][V], da[kMaxPairs][V], db[kMaxPairs][V], squares = 0;
+    float a[kPairs][V], b[kPairs][V], da[kPairs][V], db[kPairs][V], squares = 0;
     const int64_t table = c.rotated(h) ? int64_t(c.positions[t]) * c.half : 0;
 #pragma unroll
-    for (int i = 0; i < kMaxPairs; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
       const int p = (i * 32 + lane) * V;
       if (p >= pairs) break;
       load<V>(in + low_of(c, p), a[i]);
@@ -127,7 +127,7 @@ __global__ void backward(Call<T> c, const T* dy, T* dx, bool add, float* parts) 
       r = 1 / sqrtf(warp_sum(squares) / c.dim + c.eps);
       const bool is_q = h < c.heads;
 #pragma unroll
-      for (int i = 0; i < kMaxPairs; ++i) {
+      for (int i = 0; i < kPairs; ++i) {
         const int p = (i * 32 + lane) * V;
         if (p >= pairs) break;
         float wa[V], wb[V];
@@ -149,7 +149,7 @@ __global__ void backward(Call<T> c, const T* dy, T* dx, bool add, float* parts) 
       mean = warp_sum(mean) * r / c.dim;
     }
 #pragma unroll
-    for (int i = 0; i < kMaxPairs; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
       const int p = (i * 32 + lane) * V;
       if (p >= pairs) break;
 #pragma unroll
@@ -164,7 +164,7 @@ __global__ void backward(Call<T> c, const T* dy, T* dx, bool add, float* parts) 
 #pragma unroll
   for (int which = 0; which < 2; ++which)
 #pragma unroll
-    for (int i = 0; i < kMaxPairs; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
       const int p = (i * 32 + lane) * V;
       if (p >= pairs) break;
       float* to = sums + (warp * 2 + which) * c.dim;
@@ -179,7 +179,7 @@ __global__ void backward(Call<T> c, const T* dy, T* dx, bool add, float* parts) 
   }
 }
 
-// Calls f(call, V): V channels at a time where the halves of a head are whole pairs of channels.
+// Calls f(call, V, pairs of V channels that a lane holds): V is 2 where the halves of a head are even.
 template <class F> bool with_call(const QkNormRope& q, F f) {
   const AttentionShape& s = q.shape;
   const int half = int(q.rope.cos.dim(1));
@@ -200,10 +200,16 @@ template <class F> bool with_call(const QkNormRope& q, F f) {
                          int(s.head_dim),
                          half,
                          q.eps};
+      const auto held = [&](auto v) {
+        if (s.head_dim <= 64 * v)
+          f(call, v, std::integral_constant<int, 1>());
+        else
+          f(call, v, std::integral_constant<int, kMaxPairs>());
+      };
       if (half % 2 == 0 && s.head_dim % 4 == 0)
-        f(call, std::integral_constant<int, 2>());
+        held(std::integral_constant<int, 2>());
       else
-        f(call, std::integral_constant<int, 1>());
+        held(std::integral_constant<int, 1>());
     }
   });
   return true;
@@ -213,9 +219,9 @@ template <class F> bool with_call(const QkNormRope& q, F f) {
 
 bool qk_norm_rope(const QkNormRope& q, Tensor y, Stream stream) {
   if (y.numel() == 0) return true;
-  return with_call(q, [&]<class T>(const Call<T>& call, auto v) {
+  return with_call(q, [&]<class T>(const Call<T>& call, auto v, auto pairs) {
     const int64_t items = q.qkv.numel() / q.shape.head_dim;
-    forward<T, v><<<blocks_for(items, kWarps), 32 * kWarps, 0, stream>>>(call, data<T>(y));
+    forward<T, v, pairs><<<blocks_for(items, kWarps), 32 * kWarps, 0, stream>>>(call, data<T>(y));
     check(cudaGetLastError());
   });
 }
@@ -223,9 +229,10 @@ bool qk_norm_rope(const QkNormRope& q, Tensor y, Stream stream) {
 bool qk_norm_rope_backward(const QkNormRope& q, const Tensor& dy, Op::Into dx, Op::Into dw_q,
                            Op::Into dw_k, Tensor parts, Stream stream) {
   const int dim = int(q.shape.head_dim);
-  const bool fits = with_call(q, [&]<class T>(const Call<T>& call, auto v) {
-    backward<T, v><<<int(kRopeParts), 32 * kWarps, kWarps * 2 * dim * sizeof(float), stream>>>(
-        call, data<const T>(dy), data<T>(dx.tensor), dx.add, data<float>(parts));
+  const bool fits = with_call(q, [&]<class T>(const Call<T>& call, auto v, auto pairs) {
+    backward<T, v, pairs>
+        <<<int(kRopeParts), 32 * kWarps, kWarps * 2 * dim * sizeof(float), stream>>>(
+            call, data<const T>(dy), data<T>(dx.tensor), dx.add, data<float>(parts));
     check(cudaGetLastError());
   });
   // The two columns of parts side by side: [parts, 2, D].
