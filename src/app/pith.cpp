@@ -20,7 +20,7 @@ struct RunArguments {
 
 int plan(const RunConfig& run) {
   const Plan p = make_plan(run);
-  fmt::print("{}peak_gb {:.6f}\n", p.table(), double(p.peak_bytes) / 1e9);
+  fmt::print("{}peak_gb {:.6f}\n", p.table, double(p.peak_bytes) / 1e9);
   return 0;
 }
 

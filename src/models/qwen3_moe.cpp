@@ -167,11 +167,9 @@ Tensor Qwen3Moe::stage3_experts(Tape& t, int64_t layer, const Received& in) {
   return sum_rows(t, grouped_linear(t, act_NI, *w.down, order.offsets), order);
 }
 
-Tensor Qwen3Moe::head_loss(Tape& t, const Carry& in, MicroBatch& mb, Tensor* token_loss) {
+Tensor Qwen3Moe::head_loss(Tape& t, const Carry& in, MicroBatch& mb) {
   Tensor x_TH = add_rms_norm(t, in.hidden, in.delta, *final_norm_, eps_).y;
-  HeadLoss loss = pith::head_loss(t, x_TH, *lm_head_, mb.labels);
-  if (token_loss) *token_loss = loss.token_loss;
-  return loss.sum;
+  return pith::head_loss(t, x_TH, *lm_head_, mb.labels).sum;
 }
 
 Tensor Qwen3Moe::logits(Tape& t, const Carry& in) {

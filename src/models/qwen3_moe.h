@@ -14,7 +14,7 @@ class Qwen3Moe : public Model {
   Carry embed(Tape& t, MicroBatch& mb) override;
   Stage1 stage1_attention_router(Tape& t, int64_t layer, const Carry& in, MicroBatch& mb) override;
   Tensor stage3_experts(Tape& t, int64_t layer, const Received& in) override;
-  Tensor head_loss(Tape& t, const Carry& in, MicroBatch& mb, Tensor* token_loss) override;
+  Tensor head_loss(Tape& t, const Carry& in, MicroBatch& mb) override;
   Tensor logits(Tape& t, const Carry& in) override;
   void after_step(const Statistics& sums) override;
   std::vector<std::string> ignored_when_reading() const override {
