@@ -35,7 +35,7 @@ struct Trial : Session {
   Batch batch;
 
   Trial(const Value& config, DType dtype, int64_t micro_batch_size)
-      : Session(config, dtype, kSequence, micro_batch_size, true) {
+      : Session(config, dtype, Device::cpu, kSequence, micro_batch_size, true) {
     model->params.initialize(1,
                              0.1);  // wider than usual, so that no gradient hides in the rounding
     const double vocabulary = double(model->size.vocabulary);

@@ -15,8 +15,8 @@ struct ModelArguments {
 struct Session {
   // With parameters that are allocated and not initialized; `training` allocates gradients and
   // masters.
-  Session(const Value& config, DType dtype, int64_t max_positions, int64_t micro_batch_size,
-          bool training);
+  Session(const Value& config, DType dtype, Device device, int64_t max_positions,
+          int64_t micro_batch_size, bool training);
   // With the weights of a Hugging Face directory. Any device but cpu is refused.
   Session(const ModelArguments& arguments, int64_t max_positions, int64_t micro_batch_size,
           bool training);

@@ -41,7 +41,8 @@ int run_generate(const GenerateOptions& o) {
   const Model::Size& size = session.model->size;
   std::vector<KvCache> caches(static_cast<size_t>(size.layers));
   for (KvCache& c : caches)
-    c.kv = Tensor({capacity, size.kv_width}, session.context.dtype, Device::cpu, "kv_cache");
+    c.kv = Tensor({capacity, size.kv_width}, session.context.dtype, session.context.device,
+                  "kv_cache");
 
   int64_t seen = 0;
   while (int64_t(ids.size()) < capacity) {

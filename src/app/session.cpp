@@ -6,19 +6,19 @@
 
 namespace pith {
 
-Session::Session(const Value& config, DType dtype, int64_t max_positions, int64_t micro_batch_size,
-                 bool training)
-    : context{.dtype = dtype},
-      model(make_model(config,
-                       {.dtype = dtype, .training = training, .max_positions = max_positions})),
+Session::Session(const Value& config, DType dtype, Device device, int64_t max_positions,
+                 int64_t micro_batch_size, bool training)
+    : context{.device = device, .dtype = dtype},
+      model(make_model(config, {.dtype = dtype,
+                                .device = device,
+                                .training = training,
+                                .max_positions = max_positions})),
       pipeline(*model, context, {.micro_batch_size = micro_batch_size}) {}
 
 Session::Session(const ModelArguments& a, int64_t max_positions, int64_t micro_batch_size,
                  bool training)
-    : Session(read_model_config(a.model), parse_dtype(a.dtype), max_positions, micro_batch_size,
-              training) {
-  if (a.device != "cpu")
-    fail_input("--device {}: this build has no CUDA back end, use --device cpu", a.device);
+    : Session(read_model_config(a.model), parse_dtype(a.dtype), parse_device(a.device),
+              max_positions, micro_batch_size, training) {
   if (!has_weights(a.model)) fail_input("{} has no model.safetensors", a.model);
   load_weights(model->params, a.model, model->ignored_when_reading());
 }

@@ -39,7 +39,7 @@ void ParamSet::allocate(DType compute, Device device, bool training) {
 void ParamSet::initialize(uint64_t seed, double std) {
   for (auto& p : params_) {
     if (p->value.device() == Device::meta) continue;
-    Tensor flat = p->master.reshape({p->numel()});
+    Tensor flat = p->master.on(Device::cpu).reshape({p->numel()});
     if (p->init == Init::normal) {
       for (const Piece& piece : p->pieces)
         fill_normal(flat.row_range(piece.begin, piece.begin + piece.shape.numel()),
@@ -49,6 +49,7 @@ void ParamSet::initialize(uint64_t seed, double std) {
       const double fill = p->init == Init::uniform ? share : double(p->init == Init::ones);
       flat.copy_from(Tensor::of<double>(flat.shape(), std::vector(size_t(p->numel()), fill)));
     }
+    if (p->master.device() != Device::cpu) p->master.copy_from(flat);
   }
   sync_values();
 }

@@ -135,6 +135,11 @@ std::span<const std::byte> Safetensors::bytes(const std::string& name) const {
 }
 
 void Safetensors::read(const std::string& name, int64_t begin, Tensor& dst) const {
+  if (dst.device() == Device::cuda) {
+    Tensor host(dst.shape(), dst.dtype(), Device::cpu, "safetensors.read");
+    read(name, begin, host);
+    return dst.copy_from(host);
+  }
   const SafetensorsEntry& e = find(entries_, path_, name, begin, dst.numel());
   const bool same = e.dtype == dst.dtype();
   if (!same && !(is_float(e.dtype) && is_float(dst.dtype())))
@@ -220,7 +225,8 @@ void SafetensorsWriter::write(const std::string& name, int64_t begin, const Tens
   const Shard& shard = *shards_[e.file];
   if (!shard.file) fail("{}: {} is written before create()", directory_, name);
   if (src.numel() == 0) return;
-  const Tensor out = src.dtype() == e.dtype ? src : src.to(e.dtype, "safetensors.write");
+  const Tensor out =
+      (src.dtype() == e.dtype ? src : src.to(e.dtype, "safetensors.write")).on(Device::cpu);
   shard.file->write_at(out.raw(), out.nbytes(),
                        shard.data_begin + e.begin + uint64_t(begin) * size_of(e.dtype));
 }

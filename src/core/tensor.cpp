@@ -37,6 +37,14 @@ DType parse_dtype(const std::string& text) {
   fail_input("unknown dtype '{}': use bf16, fp32 or fp64", text);
 }
 
+Device parse_device(const std::string& text) {
+  if (text == "cpu" || (text == "auto" && !cuda::is_available())) return Device::cpu;
+  if (text != "cuda" && text != "auto")
+    fail_input("unknown device '{}': use cpu, cuda or auto", text);
+  cuda::require_device();
+  return Device::cuda;
+}
+
 Shape::Shape(std::initializer_list<int64_t> dims) : Shape(std::span(dims.begin(), dims.size())) {}
 
 Shape::Shape(std::span<const int64_t> dims) : rank_(int(dims.size())) {

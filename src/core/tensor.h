@@ -14,6 +14,8 @@ enum class Device : uint8_t { cpu, cuda, meta };
 size_t size_of(DType t);
 const char* name_of(DType t);  // "fp32", "bf16", ... as users write them
 const char* name_of(Device d);
+// "cpu", "cuda" or "auto", which is the GPU if there is a usable one. InputError if not.
+Device parse_device(const std::string& text);
 DType parse_dtype(const std::string& text);  // InputError for anything but fp64, fp32, bf16
 
 // Brain float: the upper half of a float. Conversion rounds to nearest even and keeps NaN.

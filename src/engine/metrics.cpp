@@ -1,11 +1,13 @@
 #include "engine/metrics.h"
 
+#include <omp.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <ctime>
 
 #include "core/value.h"
+#include "ops/cuda.h"
 #include "ops/gemm.h"
 
 namespace pith {
@@ -118,7 +120,27 @@ std::string scalar_event(int64_t step, std::span<const std::pair<std::string, fl
   return event_record(step, 5, summary);  // Event.summary
 }
 
-double measure_peak_flops(DType dtype) {
+// Large products after one another.
+static double gpu_peak_flops(DType dtype) {
+  double seconds = 1;
+  if constexpr (cuda::kBuilt) {
+    constexpr int64_t kSize = 8192, kCount = 10;
+    const Tensor a = Tensor::zeros({kSize, kSize}, dtype, Device::cuda, "peak");
+    Tensor c({kSize, kSize}, dtype, Device::cuda, "peak");
+    for (const int64_t count : {int64_t(2), kCount}) {  // to warm up, to measure
+      const double begin = omp_get_wtime();
+      for (int64_t i = 0; i < count; ++i)
+        cuda::gemm(false, true, kSize, kSize, kSize, a.raw(), a.raw(), dtype, c.raw(), dtype, false,
+                   cuda::stream());
+      cuda::synchronize();
+      seconds = (omp_get_wtime() - begin) / double(count);
+    }
+  }
+  return 2.0 * 8192 * 8192 * 8192 / seconds;
+}
+
+double measure_peak_flops(DType dtype, Device device) {
+  if (device == Device::cuda) return gpu_peak_flops(dtype);
   using Clock = std::chrono::steady_clock;
   constexpr int64_t kSize = 512;
   constexpr double kFlops = 2.0 * kSize * kSize * kSize;

@@ -14,7 +14,7 @@ namespace pith {
 // matrices of its own through cpu::gemm at the same time, and the best rates of the threads are
 // added, which no barrier and little other load can spoil. About 0.1 s; not counted in
 // core/memory.h.
-double measure_peak_flops(DType dtype);
+double measure_peak_flops(DType dtype, Device device);
 
 struct StepMetrics {
   int64_t step = 0;              // updates done, this one included

@@ -73,6 +73,11 @@ void Pipeline::forward_layer(Record& r, int64_t layer) {
 Pipeline::Record Pipeline::forward(const MicroBatch& mb, WgradQueue* queue) {
   const auto tape = [&] { return Tape(context_, queue != nullptr, queue); };
   Record r{tape(), tape(), mb};
+  r.mb.tokens = mb.tokens.on(context_.device);
+  r.mb.positions = mb.positions.on(context_.device);
+  if (mb.labels) r.mb.labels = mb.labels.on(context_.device);
+  if (mb.document_start) r.mb.document_start = mb.document_start.on(context_.device);
+  for (Tensor& ids : r.mb.replay) ids = ids.on(context_.device);
   r.embedded = r.last = model_.embed(r.embed, r.mb);
   for (int64_t layer = 0; layer < model_.size.layers; ++layer) {
     if (!queue) r.layers.clear();
@@ -133,6 +138,7 @@ StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<
   model_.params.begin_step();
   queues_.assign(size_t(std::min(train_.wgrad_micro_batches, batch.batch)), {});
   if (trace) sums.trace.resize(size_t(micro_batches));
+  std::vector<Tensor> losses;
   for (int64_t m = 0; m < micro_batches; ++m) {
     const int64_t slot = m % train_.wgrad_micro_batches;
     MicroBatch mb{batch_rows(batch, m * size, (m + 1) * size), sums.labels,
@@ -142,10 +148,11 @@ StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<
       mb.replay.push_back(ids.row_range(m * tokens, (m + 1) * tokens));
     Record r = forward(mb, &queues_[size_t(slot)]);
     r.loss = model_.head_loss(r.head, r.last, r.mb);
-    sums.loss += value_of(r.loss);
+    losses.push_back(r.loss);
     backward(r);
     if (slot == train_.wgrad_micro_batches - 1 || m == micro_batches - 1) flush();
   }
+  for (const Tensor& loss : losses) sums.loss += value_of(loss);  // not before: it waits for a GPU
   return sums;
 }
 

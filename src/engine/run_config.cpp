@@ -218,7 +218,6 @@ void check(const RunConfig& c) {
          "data.train is empty: name at least one corpus, as [[\"corpus/a\", 1.0]]");
   refuse(c.dtype == "fp64" && c.device == "cuda",
          "dtype = \"fp64\" runs on the cpu only: use device=\"cpu\", or bf16 or fp32");
-  refuse(c.device == "cuda", "this build has no CUDA back end: use device=\"cpu\"");
   const TrainConfig& t = c.train;
   refuse(t.main_grad == "bf16", "train.main_grad = \"bf16\": the cpu back end has fp32 only");
   refuse(!t.recompute.empty(),

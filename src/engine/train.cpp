@@ -60,16 +60,18 @@ void require_empty(const std::string& out) {
 // One run: everything that lives from the first step to the last.
 struct Trainer {
   const RunConfig& run;
-  Context context = {.dtype = parse_dtype(run.dtype), .check_finite = run.debug.check_finite};
+  Device device = parse_device(run.device);
+  Context context = {
+      .device = device, .dtype = parse_dtype(run.dtype), .check_finite = run.debug.check_finite};
   std::unique_ptr<Model> model =
-      make_model(read_model_config(run.model), model_options(run, Device::cpu));
+      make_model(read_model_config(run.model), model_options(run, device));
   Optimizer optimizer = {model->params, run, context};
   Pipeline pipeline = {*model, context, run.train};
   Loader loader = {run.data.train, run.data.sequence_length, model->size.vocabulary,
                    run.data.document_mask, uint64_t(run.train.seed)};
   std::optional<Loader> validation = {};
   Checkpoints checkpoints = {run, *model, optimizer};
-  double peak_flops = measure_peak_flops(context.dtype);
+  double peak_flops = measure_peak_flops(context.dtype, device);
 
   // From the newest checkpoint, the weights of a directory or random ones; gives the updates done.
   int64_t start() {
@@ -138,10 +140,11 @@ struct Trainer {
     m.balance_loss = mean_statistic(sums, "balance_loss", micro_batches * layers);
     if (run.balance.z_loss != 0) m.z_loss = mean_statistic(sums, "z_loss", tokens * layers);
     m.grad_norm = norm.value;
+    if (device == Device::cuda) cuda::synchronize();
     m.seconds = seconds_since(begin);
     m.tokens_per_second = tokens / m.seconds;
     m.sol = context.total.flops / peak_flops / m.seconds;
-    m.peak_gb = double(memory::peak(Device::cpu)) / 1e9;
+    m.peak_gb = double(memory::peak(device)) / 1e9;
     m.load = expert_load(sums, *model);
     return m;
   }
@@ -186,7 +189,7 @@ void train(const RunConfig& run) {
   say(stderr,
       fmt::format(
           "{} after step {}; peak memory {:.3f} GB, planned {:.3f} GB; model in {}\n", why, step,
-          double(memory::peak(Device::cpu)) / 1e9, double(plan.peak_bytes) / 1e9,
+          double(memory::peak(trainer.device)) / 1e9, double(plan.peak_bytes) / 1e9,
           Checkpoints::latest(run.out).empty() ? "no checkpoint yet" : run.out + "/latest"));
 }
 

@@ -7,7 +7,10 @@ static void add_loss(Tape& t, MicroBatch& mb, const char* name, const Tensor& sc
                      double coefficient) {
   if (mb.statistics) {
     Tensor& sum = (*mb.statistics)[name];
-    sum = wide_scalar(t.context, (sum ? value_of(sum) : 0) + value_of(scalar));
+    if (sum)
+      sum.add(scalar);
+    else
+      sum = scalar.clone("statistics");
   }
   if (t.recording() && coefficient != 0) t.set_grad(scalar, wide_scalar(t.context, coefficient));
 }

@@ -3,9 +3,7 @@
 namespace pith {
 
 Tensor wide_scalar(const Context& c, double value) {
-  Tensor t(Shape{1}, master_dtype(c.dtype), c.device, "loss");
-  if (c.device == Device::cpu) t.copy_from(Tensor::of<double>({1}, std::vector{value}));
-  return t;
+  return Tensor::of<double>({1}, std::vector{value}).to(master_dtype(c.dtype), "loss").on(c.device);
 }
 
 double value_of(const Tensor& scalar) {
