@@ -153,7 +153,7 @@ void write_parts(const std::string& directory, const char* stem, const std::vect
   for (const Part& part : parts)
     file.add(part.name, as_bf16 ? DType::bf16 : part.data.dtype(),
              {part.shape.dims().begin(), part.shape.dims().end()});
-  file.set_metadata("format", "pt");  // transformers insists on it
+  file.metadata["format"] = "pt";  // transformers insists on it
   file.create();
   for (const Part& part : parts)
     for (int64_t begin = 0, n = part.data.numel(); begin < n; begin += kChunk)

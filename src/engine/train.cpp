@@ -4,7 +4,6 @@
 #include <csignal>
 #include <filesystem>
 
-#include "core/profile.h"
 #include "engine/checkpoint.h"
 #include "engine/metrics.h"
 #include "engine/plan.h"
