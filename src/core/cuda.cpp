@@ -105,6 +105,10 @@ void copy(void*, const void*, size_t) { refuse(); }
 void fill_zero(void*, size_t) { refuse(); }
 bool convert(void*, DType, const void*, DType, int64_t) { refuse(); }
 bool add(void*, const void*, DType, int64_t) { refuse(); }
+void start_timeline() { refuse(); }
+void begin_tag(uint64_t) { refuse(); }
+void end_tag() { refuse(); }
+Timeline stop_timeline() { refuse(); }
 void synchronize() { refuse(); }
 
 #endif

@@ -2,7 +2,9 @@
 // One GPU as the rest of core sees it. Everything is ordered on one stream. In a build without CUDA
 // these functions throw.
 
+#include <cstdint>
 #include <string>
+#include <vector>
 
 struct CUstream_st;
 namespace pith {
@@ -44,5 +46,21 @@ void* find_function(void* library, const char* name);
 template <class F> F function(void* library, const char* name) {
   return reinterpret_cast<F>(find_function(library, name));
 }
+
+// What the GPU does between start and stop, through CUPTI. Work launched between begin_tag and
+// end_tag carries the tag. Both wait for the GPU.
+constexpr uint64_t kNoTag = UINT64_MAX;
+struct Timeline {
+  struct Run {
+    std::string name;  // of the kernel, or memcpy, memset
+    uint64_t begin_ns, end_ns, tag;
+  };
+  std::vector<Run> runs;
+  int64_t host_syncs = 0;
+};
+void start_timeline();
+void begin_tag(uint64_t tag);
+void end_tag();
+Timeline stop_timeline();
 
 }  // namespace pith::cuda

@@ -65,6 +65,8 @@ void Op::run(Cost cost, const std::function<void()>& cpu, const OnGpu& gpu) {
   c.total.bytes += cost.bytes;
   if (c.device == Device::meta) return;
   const double begin = omp_get_wtime();
+  const bool tagged = c.timeline && c.device == Device::cuda;
+  if (tagged) cuda::begin_tag(c.timeline->size());
   try {
     if (c.device == Device::cpu)
       cpu();
@@ -75,6 +77,7 @@ void Op::run(Cost cost, const std::function<void()>& cpu, const OnGpu& gpu) {
   } catch (const std::exception& e) {
     reject(e.what());
   }
+  if (tagged) cuda::end_tag();
   if (c.timeline) c.timeline->push_back({name_, at_, backward_, begin, omp_get_wtime(), cost});
   if (!backward_) check_written();
 }

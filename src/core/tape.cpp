@@ -2,6 +2,7 @@
 
 #include "core/file.h"
 #include "core/op.h"
+#include "core/value.h"
 
 namespace pith {
 
@@ -56,6 +57,38 @@ void write_chrome_trace(const std::string& path, const std::vector<OpEvent>& eve
         (e.begin - events.front().begin) * 1e6, (e.end - e.begin) * 1e6, e.at.str(),
         e.cost.flops / 1e9, e.cost.bytes / 1e6);
   write_file_atomic(path, out + "\n]}\n");
+}
+
+void write_kernel_trace(const std::string& path, const std::vector<OpEvent>& events,
+                        const cuda::Timeline& timeline) {
+  std::string out = "{\"traceEvents\":[\n";
+  std::map<std::string, std::pair<double, int64_t>> totals;  // ms and instances
+  const uint64_t start = timeline.runs.empty() ? 0 : timeline.runs.front().begin_ns;
+  for (const auto& run : timeline.runs) {
+    const bool known = run.tag < events.size();
+    const std::string op = known ? fmt::format("{}{}", events[run.tag].name,
+                                               events[run.tag].backward ? " backward" : "")
+                                 : "";
+    const double ms = double(run.end_ns - run.begin_ns) / 1e6;
+    out += fmt::format(
+        "{}{{\"name\":{},\"ph\":\"X\",\"pid\":0,\"tid\":0,\"ts\":{:.3f},\"dur\":{:.3f},"
+        "\"args\":{{\"op\":\"{}\",\"at\":\"{}\"}}}}",
+        &run == timeline.runs.data() ? "" : ",\n", Value(run.name).json(),
+        (double(run.begin_ns) - double(start)) / 1e3, ms * 1e3, op,
+        known ? events[run.tag].at.str() : "");
+    auto& [total, count] = totals[run.name + (known ? " [" + op + "]" : "")];
+    total += ms;
+    ++count;
+  }
+  write_file_atomic(path, out + "\n]}\n");
+  std::vector<std::pair<std::pair<double, int64_t>, std::string>> heaviest;
+  for (const auto& [name, total] : totals) heaviest.push_back({total, name});
+  std::sort(heaviest.rbegin(), heaviest.rend());
+  std::string csv = "kernel_name,total_time_ms,instances,mean_time_ms\n";
+  for (const auto& [total, name] : heaviest)
+    csv += fmt::format("{},{:.4f},{},{:.5f}\n", Value(name).json(), total.first, total.second,
+                       total.first / double(total.second));
+  write_file_atomic(path + ".csv", csv);
 }
 
 }  // namespace pith

@@ -6,6 +6,7 @@
 
 #include <unordered_map>
 
+#include "core/cuda.h"
 #include "core/param.h"
 
 namespace pith {
@@ -29,6 +30,10 @@ struct OpEvent {  // one run of one op, for the timeline
 // Writes events as a Chrome trace (chrome://tracing, Perfetto): name, source line, FLOPs and bytes
 // of every run.
 void write_chrome_trace(const std::string& path, const std::vector<OpEvent>& events);
+// The same of a GPU, from the runs that events are the tags of; and PATH.csv, the heaviest kernels:
+// kernel_name,total_time_ms,instances,mean_time_ms.
+void write_kernel_trace(const std::string& path, const std::vector<OpEvent>& events,
+                        const cuda::Timeline& timeline);
 
 // Where a computation runs and how it is watched: one per process and device, passed explicitly.
 struct Context {

@@ -107,7 +107,10 @@ struct Trainer {
     const auto begin = std::chrono::steady_clock::now();
     const int64_t rows = run.train.global_batch_size;
     std::vector<OpEvent> events;
-    if (std::ranges::count(run.profile.steps, step) > 0) context.timeline = &events;
+    if (std::ranges::count(run.profile.steps, step) > 0) {
+      context.timeline = &events;
+      if (device == Device::cuda) cuda::start_timeline();
+    }
     context.total = {};
     const Batch batch = loader.batch((step - 1) * rows, rows);
     std::vector<Tensor> replay;
@@ -127,7 +130,11 @@ struct Trainer {
     if (!run.trace.routing.empty()) write_routing_trace(run.trace.routing, step, sums, batch);
     if (context.timeline) {
       make_directory(run.out + "/profile");
-      write_chrome_trace(fmt::format("{}/profile/step-{:08d}.json", run.out, step), events);
+      const std::string file = fmt::format("{}/profile/step-{:08d}.json", run.out, step);
+      if (device == Device::cuda)
+        write_kernel_trace(file, events, cuda::stop_timeline());
+      else
+        write_chrome_trace(file, events);
       context.timeline = nullptr;  // `events` ends here, validation may follow
     }
 

@@ -1,0 +1,129 @@
+#ifdef PITH_CUDA
+// Kernel timelines through CUPTI's activity records. The library is loaded when one is asked for.
+
+#include <cupti.h>
+#include <cxxabi.h>
+
+#include <mutex>
+#include <unordered_map>
+
+#include "core/cuda.h"
+#include "core/error.h"
+
+namespace pith::cuda {
+namespace {
+
+#define PITH_CUPTI(name) decltype(&::name) name = function<decltype(&::name)>(library, #name)
+struct Cupti {
+  void* library = load_library("libcupti.so.13");
+  PITH_CUPTI(cuptiActivityRegisterCallbacks);
+  PITH_CUPTI(cuptiActivityEnable);
+  PITH_CUPTI(cuptiActivityDisable);
+  PITH_CUPTI(cuptiActivityFlushAll);
+  PITH_CUPTI(cuptiActivityGetNextRecord);
+  PITH_CUPTI(cuptiActivityPushExternalCorrelationId);
+  PITH_CUPTI(cuptiActivityPopExternalCorrelationId);
+};
+#undef PITH_CUPTI
+
+constexpr CUpti_ActivityKind kKinds[] = {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL,
+                                         CUPTI_ACTIVITY_KIND_MEMCPY,
+                                         CUPTI_ACTIVITY_KIND_MEMSET,
+                                         CUPTI_ACTIVITY_KIND_SYNCHRONIZATION,
+                                         CUPTI_ACTIVITY_KIND_RUNTIME,
+                                         CUPTI_ACTIVITY_KIND_DRIVER,
+                                         CUPTI_ACTIVITY_KIND_EXTERNAL_CORRELATION};
+
+void check(CUptiResult e) {
+  if (e != CUPTI_SUCCESS) fail("CUPTI: error {}", int(e));
+}
+
+// What was recorded since the start; CUPTI fills it from a thread of its own.
+std::mutex mutex;
+Timeline recorded;
+std::unordered_map<uint32_t, uint64_t> tag_of;  // by correlation
+
+void CUPTIAPI give_buffer(uint8_t** buffer, size_t* bytes, size_t* records) {
+  *bytes = size_t(8) << 20;
+  *buffer = static_cast<uint8_t*>(std::aligned_alloc(8, *bytes));
+  *records = 0;
+}
+
+Cupti& cupti() {
+  static Cupti the;
+  return the;
+}
+
+std::string readable(const char* name) {
+  int status = -1;
+  char* text = abi::__cxa_demangle(name, nullptr, nullptr, &status);
+  std::string out = status == 0 ? text : name;
+  std::free(text);
+  return out.substr(0, out.find('('));
+}
+
+template <class T> void add(const T* r, std::string name) {
+  recorded.runs.push_back({std::move(name), r->start, r->end, r->correlationId});
+}
+
+void CUPTIAPI take_buffer(CUcontext, uint32_t, uint8_t* buffer, size_t, size_t used) {
+  const std::lock_guard lock(mutex);
+  CUpti_Activity* record = nullptr;
+  while (used > 0 && cupti().cuptiActivityGetNextRecord(buffer, used, &record) == CUPTI_SUCCESS) {
+    switch (record->kind) {
+      case CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL: {
+        const auto* r = reinterpret_cast<const CUpti_ActivityKernel10*>(record);
+        add(r, readable(r->name));
+        break;
+      }
+      case CUPTI_ACTIVITY_KIND_MEMCPY:
+        add(reinterpret_cast<const CUpti_ActivityMemcpy6*>(record), "memcpy");
+        break;
+      case CUPTI_ACTIVITY_KIND_MEMSET:
+        add(reinterpret_cast<const CUpti_ActivityMemset4*>(record), "memset");
+        break;
+      case CUPTI_ACTIVITY_KIND_SYNCHRONIZATION: ++recorded.host_syncs; break;
+      case CUPTI_ACTIVITY_KIND_EXTERNAL_CORRELATION: {
+        const auto* r = reinterpret_cast<const CUpti_ActivityExternalCorrelation*>(record);
+        tag_of[r->correlationId] = r->externalId;
+        break;
+      }
+      default: break;
+    }
+  }
+  std::free(buffer);
+}
+
+}  // namespace
+
+void start_timeline() {
+  synchronize();
+  check(cupti().cuptiActivityRegisterCallbacks(give_buffer, take_buffer));
+  for (const CUpti_ActivityKind kind : kKinds) check(cupti().cuptiActivityEnable(kind));
+}
+
+void begin_tag(uint64_t tag) {
+  check(
+      cupti().cuptiActivityPushExternalCorrelationId(CUPTI_EXTERNAL_CORRELATION_KIND_CUSTOM0, tag));
+}
+void end_tag() {
+  uint64_t tag = 0;
+  check(
+      cupti().cuptiActivityPopExternalCorrelationId(CUPTI_EXTERNAL_CORRELATION_KIND_CUSTOM0, &tag));
+}
+
+Timeline stop_timeline() {
+  synchronize();
+  for (const CUpti_ActivityKind kind : kKinds) check(cupti().cuptiActivityDisable(kind));
+  check(cupti().cuptiActivityFlushAll(0));
+  const std::lock_guard lock(mutex);
+  for (Timeline::Run& run : recorded.runs) {
+    const auto found = tag_of.find(uint32_t(run.tag));
+    run.tag = found == tag_of.end() ? kNoTag : found->second;
+  }
+  tag_of.clear();
+  return std::exchange(recorded, {});
+}
+
+}  // namespace pith::cuda
+#endif
