@@ -17,8 +17,10 @@ void check_ids(const Op& op, const Tensor& ids, const char* what, int64_t first,
 }
 
 // Rows of logits that are held at a time: enough for the GEMMs' full speed (the weight gradient's
-// K), about 16 MB.
-int64_t chunk_rows(int64_t rows, int64_t vocabulary) {
+// K). On the CPU about 16 MB; on a GPU so many that the pass over the main gradient, which every
+// chunk makes, costs little beside the products.
+int64_t chunk_rows(int64_t rows, int64_t vocabulary, bool on_gpu) {
+  if (on_gpu) return std::min<int64_t>(rows, 2048);
   const int64_t fitting = (int64_t(4) << 20) / std::max<int64_t>(vocabulary, 1) / 64 * 64;
   return std::min(rows, std::clamp<int64_t>(fitting, 256, 1024));
 }
@@ -144,7 +146,8 @@ HeadLoss head_loss(Tape& tape, const Tensor& x, Param& w, const Tensor& labels, 
   op.require(x.dtype() == w.value.dtype(), "x and w must have one dtype");
   op.require(labels.dtype() == DType::i32 && labels.shape() == Shape{x.dim(0)},
              "labels must be int32[{}]", x.dim(0));
-  const int64_t rows = x.dim(0), vocabulary = w.value.dim(0), chunk = chunk_rows(rows, vocabulary);
+  const int64_t rows = x.dim(0), vocabulary = w.value.dim(0),
+                chunk = chunk_rows(rows, vocabulary, op.on_gpu());
   check_ids(op, labels, "label", std::numeric_limits<int32_t>::min(), vocabulary);
   const DType wide = master_dtype(x.dtype());
   // Only the sum can carry a gradient.
