@@ -38,8 +38,10 @@ void config_only(const Value& config, const char* key, const Value& wanted) {
                wanted.json());
 }
 
+namespace {
+
 // The rotary settings as transformers 5 spells them; rope_type and rope_theta are always there.
-static Value rope_parameters(const Value& config) {
+Value rope_parameters(const Value& config) {
   const Value* given = config_find(config, {"rope_scaling", "rope_parameters"});
   Value rope = given ? *given : Value::object();
   const Value* type = config_find(rope, {"rope_type", "type"});
@@ -49,8 +51,6 @@ static Value rope_parameters(const Value& config) {
   rope["rope_theta"] = theta ? Value(*theta) : 10000.0;
   return rope;
 }
-
-namespace {
 
 struct Rope {
   Value parameters;
