@@ -40,8 +40,6 @@ TEST(Basic, unary) {
       {"exp", exp, [](double v) { return std::exp(v); }},
       {"sigmoid", sigmoid, [](double v) { return 1 / (1 + std::exp(-v)); }},
       {"silu", silu, [](double v) { return v / (1 + std::exp(-v)); }},
-      {"tanh", tanh, [](double v) { return std::tanh(v); }},
-      {"square", square, [](double v) { return v * v; }},
   };
   for (const Unary& u : all)
     for (const Shape& shape : {Shape{1}, Shape{3, 5}, Shape{2, 3, 7}})
@@ -56,7 +54,7 @@ TEST(Basic, unary) {
   check_op(make_case(
       "log", {{3, 5}},
       [=](Tape& t, const Inputs& x) {
-        return log(t, add(t, square(t, x[0]), one.to(x[0].dtype(), "one")));
+        return log(t, add(t, mul(t, x[0], x[0]), one.to(x[0].dtype(), "one")));
       },
       [](const Vecs& x) { return map(x[0], [](double v) { return std::log(1 + v * v); }); }));
   // What many elements take: the parallel path.

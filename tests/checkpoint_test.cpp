@@ -68,7 +68,7 @@ class Toy : public Model {
   Carry embed(Tape&, MicroBatch&) override { return {}; }
   Stage1 stage1_attention_router(Tape&, int64_t, const Carry&, MicroBatch&) override { return {}; }
   Tensor stage3_experts(Tape&, int64_t, const Received&) override { return {}; }
-  Tensor head_loss(Tape&, const Carry&, MicroBatch&, Tensor*) override { return {}; }
+  Tensor head_loss(Tape&, const Carry&, MicroBatch&) override { return {}; }
   Tensor logits(Tape&, const Carry&) override { return {}; }
   void after_step(const Statistics&) override {}
   Value hf_config() const override {
@@ -222,7 +222,8 @@ TEST(Checkpoint, IsAHuggingFaceDirectory) {
             (std::vector<std::string>{"run.toml", "state.json", "trainer.safetensors"}));
 
   const Safetensors model(step);
-  EXPECT_EQ(model.metadata().at("format"), "pt");
+  EXPECT_NE(read_file(step + "/model.safetensors").find(R"("__metadata__":{"format":"pt"})"),
+            std::string::npos);
   std::vector<std::string> names;
   for (const auto& [name, entry] : model.entries()) {
     names.push_back(name);
@@ -529,7 +530,8 @@ TEST(Checkpoint, CompareSeesOneBit) {
   Trainer r(run);
   r.save(7);
   EXPECT_FALSE(same(a, dir / "step-00000007", 1e-3));
-  r.optimizer.states()[0].tensor.data<float>()[0] = NAN;
+  Tensor moment = r.optimizer.states()[0].tensor;
+  moment.data<float>()[0] = NAN;
   r.checkpoints->save(8);
   EXPECT_FALSE(same(dir / "step-00000007", dir / "step-00000008", 1e6));
   EXPECT_TRUE(same(dir / "step-00000008", dir / "step-00000008", 0));

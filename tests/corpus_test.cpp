@@ -22,7 +22,7 @@ using Ids = std::vector<int32_t>;
 
 void write(const std::string& prefix, int64_t vocab, const std::vector<Ids>& documents) {
   CorpusWriter writer(prefix, vocab);
-  for (const Ids& d : documents) writer.add(d);
+  for (const Ids& d : documents) writer.add(d, Ids{int32_t(d.size())});
   EXPECT_FALSE(exists(prefix + ".idx"));
   writer.finish();
 }
@@ -91,14 +91,14 @@ TEST(Corpus, Continues) {
   write(dir / "whole", 70000, {{1, 2, 3}, {4}, {5, 69999}});
   {
     CorpusWriter writer(dir / "c", 70000);
-    writer.add(Ids{1, 2, 3});
-    writer.add(Ids{4});
+    writer.add(Ids{1, 2, 3}, Ids{3});
+    writer.add(Ids{4}, Ids{1});
     writer.flush_to_disk();
-    writer.add(Ids{9, 9, 9});  // not said to be safe, so dropped
+    writer.add(Ids{9, 9, 9}, Ids{3});  // not said to be safe, so dropped
     writer.flush_to_disk();
   }
   CorpusWriter writer(dir / "c", 70000, 2, 4);
-  writer.add(Ids{5, 69999});
+  writer.add(Ids{5, 69999}, Ids{2});
   EXPECT_EQ(writer.documents(), 3);
   EXPECT_EQ(writer.tokens(), 6);
   writer.finish();
@@ -106,7 +106,7 @@ TEST(Corpus, Continues) {
   EXPECT_EQ(read_file(dir / "c.idx"), read_file(dir / "whole.idx"));
 
   CorpusWriter more(dir / "d", 70000);
-  more.add(Ids{1, 2, 3});
+  more.add(Ids{1, 2, 3}, Ids{3});
   more.flush_to_disk();
   CorpusWriter fresh(dir / "d", 70000, 1, 4);  // more than there is
   EXPECT_EQ(fresh.documents(), 0);
@@ -117,8 +117,8 @@ TEST(Corpus, WriterRefuses) {
   const TempDir dir;
   CorpusWriter writer(dir / "c", 300);
   EXPECT_THROW(writer.finish(), InputError);
-  EXPECT_THROW(writer.add(Ids{300}), Error);
-  EXPECT_THROW(writer.add(Ids{-1}), Error);
+  EXPECT_THROW(writer.add(Ids{300}, Ids{1}), Error);
+  EXPECT_THROW(writer.add(Ids{-1}, Ids{1}), Error);
   EXPECT_FALSE(exists(dir / "c.bin"));
 }
 

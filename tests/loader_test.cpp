@@ -26,7 +26,7 @@ Ids range(int32_t begin, int64_t count) {
 
 std::string write(const TempDir& dir, const std::string& name, const std::vector<Ids>& documents) {
   CorpusWriter writer(dir / name, kVocab);
-  for (const Ids& d : documents) writer.add(d);
+  for (const Ids& d : documents) writer.add(d, Ids{int32_t(d.size())});
   writer.finish();
   return dir / name;
 }

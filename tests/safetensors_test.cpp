@@ -160,7 +160,6 @@ TEST(Safetensors, ReadsAtAnyAddressAndRank) {
   std::memcpy(file.data() + 8 + header.size() + 11, &scalar, 2);
   write_file_atomic(dir / "x", file);
   const Safetensors s(dir / "x");
-  EXPECT_EQ(s.metadata().at("format"), "pt");
   EXPECT_EQ(s.entries().size(), 5u);
   EXPECT_EQ(s.load("f").to_vector<float>(), (std::vector<float>{1.5f, -3.0f}));
   EXPECT_EQ(s.load("s").to_vector<float>(), std::vector<float>{0.75f});
@@ -210,7 +209,7 @@ TEST(Safetensors, ReadsSlicesAndConverts) {
 TEST(Safetensors, WriterShardsAndSlices) {
   const TempDir dir;
   SafetensorsWriter w(dir.path, "part", 40);
-  w.set_metadata("format", "pt");
+  w.metadata["format"] = "pt";
   w.add("z", DType::f32, {2, 3});    // 24 bytes: shard 1
   w.add("a", DType::bf16, {8});      // 16: fits to the byte
   w.add("big", DType::f64, {3, 3});  // 72: alone in shard 2, though larger than a shard
@@ -233,7 +232,6 @@ TEST(Safetensors, WriterShardsAndSlices) {
 
   const Safetensors s(dir.path, "part");
   EXPECT_EQ(s.entries().size(), 5u);
-  EXPECT_EQ(s.metadata().at("format"), "pt");
   EXPECT_EQ(s.load("big").to_vector<double>(), big);
   EXPECT_EQ(s.load("a").to_vector<float>(), (std::vector<float>{0, 0, 0.5f, 1.0f, 0, 0, 0, 0}));
   EXPECT_EQ(s.load("z").to_vector<float>(), std::vector<float>(6, 0.0f));
@@ -249,6 +247,11 @@ TEST(Safetensors, WriterShardsAndSlices) {
   std::memcpy(&length, shard.data(), sizeof length);
   EXPECT_EQ(length % 8, 0u);
   EXPECT_EQ(shard.size(), 8 + length + 40);
+  EXPECT_EQ(parse_json(std::string_view(shard).substr(8, length), "header")
+                .at("__metadata__")
+                .at("format")
+                .as_string(),
+            "pt");
 }
 
 TEST(Safetensors, WriterWithoutTensors) {

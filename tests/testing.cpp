@@ -45,7 +45,7 @@ void write_corpus(const std::string& prefix, int64_t documents, uint64_t seed) {
       ids[i] = i && uniform(seed, draw++) < 0.7 ? (ids[i - 1] + 1) % 60
                                                 : int32_t(uniform(seed, draw++) * 60);
     ids.back() = 60;
-    writer.add(ids);
+    writer.add(ids, std::vector{int32_t(ids.size())});
   }
   writer.finish();
 }

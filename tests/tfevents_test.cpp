@@ -1,17 +1,17 @@
-#include "engine/tfevents.h"
-
 #include <gtest/gtest.h>
 
 #include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <limits>
 #include <map>
 #include <vector>
 
 #include "core/error.h"
 #include "core/file.h"
+#include "engine/metrics.h"
 #include "testing.h"
 
 namespace pith {
@@ -84,24 +84,19 @@ TEST(TfEvents, Crc32cKnownAnswer) {
 }
 
 TEST(TfEvents, WritesScalars) {
-  const TempDir dir;
   const double before =
       std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
-  EventFile file(dir / "tb");
-  EXPECT_EQ(file.path().find((dir / "tb") + "/events.out.tfevents."), 0u) << file.path();
   const std::vector<std::pair<std::string, float>> values = {
       {"loss", 3.25f},
       {"träg/" + std::string(200, 'x'), -0.0f},
       {"nan", std::numeric_limits<float>::quiet_NaN()}};
   const std::vector<int64_t> steps = {1, 127, 128, 300, int64_t(1) << 40};
-  for (const int64_t step : steps) file.scalars(step, values);
-  const std::vector<std::string> all =
-      records(read_file(file.path()));  // while still open: flushed
-  ASSERT_EQ(all.size(), 1 + steps.size());
-  const auto first = fields(all[0]);
-  EXPECT_EQ(first.find(3)->second, "brain.Event:2");
+  std::string bytes;
+  for (const int64_t step : steps) bytes += scalar_event(step, values);
+  const std::vector<std::string> all = records(bytes);
+  ASSERT_EQ(all.size(), steps.size());
   for (size_t i = 0; i < steps.size(); ++i) {
-    const auto event = fields(all[i + 1]);
+    const auto event = fields(all[i]);
     EXPECT_NEAR(fixed<double>(event.find(1)->second, 0), before, 60);
     EXPECT_EQ(fixed<int64_t>(event.find(2)->second, 0), steps[i]);
     const auto summary = fields(event.find(5)->second);
@@ -117,22 +112,65 @@ TEST(TfEvents, WritesScalars) {
   }
 }
 
-TEST(TfEvents, ASecondFileKeepsTheFirst) {
+struct RunDir : RunConfig {
   const TempDir dir;
-  const std::vector<std::pair<std::string, float>> one = {{"a", 1.0f}};
-  EventFile first(dir.path);
-  first.scalars(1, one);
-  EventFile second(dir.path);
-  second.scalars(2, one);
-  const size_t in_first = records(read_file(first.path())).size();
-  EXPECT_EQ(in_first, first.path() == second.path() ? 4u : 2u);
+  const std::string events = dir / "tensorboard";
+  RunDir() { out = dir.path; }
+  std::vector<std::string> files() const {
+    std::vector<std::string> paths;
+    for (const auto& e : std::filesystem::directory_iterator(events)) paths.push_back(e.path());
+    std::ranges::sort(paths);
+    return paths;
+  }
+};
+
+void log_step(Metrics& metrics, int64_t step) {
+  testing::internal::CaptureStdout();
+  metrics.log({.step = step, .loss = 2.5, .load = {{7, 1.5}}});
+  testing::internal::GetCapturedStdout();
+}
+
+TEST(TfEvents, AFileOpensWithItsVersionAndHoldsEveryStep) {
+  const RunDir run;
+  Metrics metrics(run, 0);
+  for (const int64_t step : {1, 2}) log_step(metrics, step);
+  ASSERT_EQ(run.files().size(), 1u);
+  const std::string path = run.files()[0];
+  EXPECT_EQ(path.find(run.events + "/events.out.tfevents."), 0u) << path;
+  const std::vector<std::string> all = records(read_file(path));  // while still open: flushed
+  ASSERT_EQ(all.size(), 3u);
+  EXPECT_EQ(fields(all[0]).find(3)->second, "brain.Event:2");
+  for (const int64_t step : {1, 2}) {
+    const auto event = fields(all[size_t(step)]);
+    EXPECT_EQ(fixed<int64_t>(event.find(2)->second, 0), step);
+    std::map<std::string, float> scalars;
+    for (const auto& [number, text] : fields(event.find(5)->second)) {
+      const auto value = fields(text);
+      scalars[value.find(1)->second] = fixed<float>(value.find(2)->second, 0);
+    }
+    EXPECT_EQ(scalars.at("loss"), 2.5f);
+    EXPECT_EQ(scalars.at("load_max"), 1.5f);
+    EXPECT_EQ(scalars.at("load_max/L07"), 1.5f);
+  }
+}
+
+TEST(TfEvents, ASecondFileKeepsTheFirst) {
+  const RunDir run;
+  Metrics first(run, 0);
+  log_step(first, 1);
+  Metrics second(run, 1);
+  log_step(second, 2);
+  const std::vector<std::string> files = run.files();
+  ASSERT_GE(files.size(), 1u);
+  EXPECT_EQ(records(read_file(files[0])).size(), files.size() == 1 ? 4u : 2u);
 }
 
 TEST(TfEvents, Errors) {
-  const TempDir dir;
-  EXPECT_THROW(EventFile(dir / "no/tb"), InputError);
-  write_file_atomic(dir / "file", "x");
-  EXPECT_THROW(EventFile(dir / "file"), InputError);
+  const RunDir missing, file;
+  std::filesystem::create_symlink(missing.dir / "no/tb", missing.events);
+  EXPECT_THROW(Metrics(missing, 0), InputError);
+  write_file_atomic(file.events, "x");
+  EXPECT_THROW(Metrics(file, 0), InputError);
 }
 
 }  // namespace

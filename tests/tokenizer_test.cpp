@@ -11,7 +11,6 @@
 #include "core/file.h"
 #include "core/value.h"
 #include "data/pretokenize.h"
-#include "data/unicode.h"
 #include "testing.h"
 
 namespace pith {

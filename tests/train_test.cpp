@@ -16,7 +16,7 @@
 #include "core/safetensors.h"
 #include "core/value.h"
 #include "engine/checkpoint.h"
-#include "engine/npz.h"
+#include "engine/trace.h"
 #include "testing.h"
 
 namespace pith {

@@ -40,7 +40,7 @@ static void eval_corpus(const EvalOptions& o) {
              std::exp(loss / labels), labels);
 }
 
-static bool is_space(char c) { return c == ' ' || c == '\n' || c == '\t' || c == '\r'; }
+static bool is_white(char c) { return c == ' ' || c == '\n' || c == '\t' || c == '\r'; }
 
 // Log-probability of `choice` after `context`, as lm-evaluation-harness has it: one space between
 // the two unless there is white space already, trailing spaces of the context belong to the
@@ -48,10 +48,10 @@ static bool is_space(char c) { return c == ' ' || c == '\n' || c == '\t' || c ==
 // context alone has.
 static double choice_score(Session& session, const Tokenizer& tokenizer, size_t positions,
                            std::string context, const std::string& choice) {
-  const bool spaced = (!context.empty() && is_space(context.back())) ||
-                      (!choice.empty() && is_space(choice.front()));
+  const bool spaced = (!context.empty() && is_white(context.back())) ||
+                      (!choice.empty() && is_white(choice.front()));
   const std::string text = context + (spaced ? "" : " ") + choice;
-  while (!context.empty() && is_space(context.back())) context.pop_back();
+  while (!context.empty() && is_white(context.back())) context.pop_back();
   std::vector<int32_t> whole = tokenizer.encode(text);
   size_t begin = tokenizer.encode(context).size();
   if (begin == 0) {
@@ -79,7 +79,7 @@ static void eval_choices(const EvalOptions& o) {
   int64_t questions = 0, right = 0, right_by_length = 0, number = 0;
   for (std::string line; std::getline(lines, line);) {
     ++number;
-    if (std::ranges::all_of(line, is_space)) continue;
+    if (std::ranges::all_of(line, is_white)) continue;
     const Value question = parse_json(line, fmt::format("{}:{}", o.choices, number));
     const std::vector<Value>& choices = question.at("choices").items();
     const int64_t answer = question.at("answer").as_int();

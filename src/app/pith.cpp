@@ -22,7 +22,7 @@ static CLI::Option* add_model(CLI::App* sub, ModelArguments& a) {
 
 static void print_plan(const RunConfig& run) {
   const Plan plan = make_plan(run);
-  fmt::print("{}peak_gb {:.6f}\n", plan.table(), double(plan.peak_bytes) / 1e9);
+  fmt::print("{}peak_gb {:.6f}\n", plan.table, double(plan.peak_bytes) / 1e9);
 }
 
 static void add_data_and_training(CLI::App& app) {

@@ -4,29 +4,21 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 namespace pith {
-namespace {
 
-[[noreturn]] void fail_errno(const std::string& path) {
+[[noreturn]] static void fail_errno(const std::string& path) {
   fail_input("{}: {}", path, std::strerror(errno));
 }
 
 // Devices and pipes cannot be synced and say EINVAL: there is nothing to make durable then.
-void sync(int fd, const std::string& path) {
+static void sync(int fd, const std::string& path) {
   if (::fsync(fd) != 0 && errno != EINVAL && errno != ENOTSUP) fail_errno(path);
 }
-
-}  // namespace
 
 Descriptor::Descriptor(const std::string& path, int flags)
     : fd(::open(path.c_str(), flags | O_CLOEXEC, 0666)) {
   if (fd < 0) fail_errno(path);
-}
-
-Descriptor::~Descriptor() {
-  if (fd >= 0) ::close(fd);
 }
 
 std::string read_file(const std::string& path) {
@@ -52,11 +44,10 @@ void write_file_atomic(const std::string& path, std::string_view bytes) {
     ::unlink(temporary.c_str());
     throw;
   }
-  const size_t slash = path.rfind('/');
-  fsync_directory(slash == path.npos ? "." : path.substr(0, slash + 1));
+  fsync_directory(path.substr(0, path.rfind('/') + 1) + ".");  // npos + 1 is 0
 }
 
-MappedFile::MappedFile(const std::string& path) : path_(path) {
+MappedFile::MappedFile(const std::string& path) {
   const Descriptor file(path, O_RDONLY | O_NONBLOCK);  // opening a pipe must not wait
   struct stat info {};
   if (::fstat(file.fd, &info) != 0) fail_errno(path);

@@ -2,6 +2,10 @@
 // Files: whole reads, memory maps, and writes that leave either the old file or the new one, never
 // a half.
 
+#include <unistd.h>
+
+#include <filesystem>
+
 #include "core/error.h"
 
 namespace pith {
@@ -23,19 +27,17 @@ class MappedFile {
   MappedFile() = default;
   explicit MappedFile(const std::string& path);  // InputError when it cannot be opened
   std::span<const std::byte> bytes() const { return {data_.get(), size_}; }
-  const std::string& path() const { return path_; }
 
  private:
   std::shared_ptr<const std::byte> data_;
   size_t size_ = 0;
-  std::string path_;
 };
 
 // A file descriptor, closed at the end of the scope.
 struct Descriptor {
   Descriptor(const std::string& path, int flags);  // InputError "PATH: No such file or directory"
   Descriptor(const Descriptor&) = delete;
-  ~Descriptor();
+  ~Descriptor() { ::close(fd); }  // of -1: nothing
   int fd;
 };
 

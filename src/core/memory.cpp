@@ -8,15 +8,15 @@
 #include "core/tensor.h"
 
 namespace pith::memory {
-namespace {
 
-std::atomic<size_t> live_bytes[3], peak_bytes[3];  // by device
-std::map<std::string, Line> planned, at_peak;  // by name, on meta only: planning may take its time
-std::mutex mutex;                              // of what changes them
+static std::atomic<size_t> live_bytes[3], peak_bytes[3];  // by device
+// By name, on meta only: planning may take its time.
+static std::map<std::string, Line> planned, at_peak;
+static std::mutex mutex;  // of what changes them
 
 // Large buffers stay in the heap instead of going back to the kernel: page faults would cost as
 // much as the element-wise ops themselves.
-void* host_memory(size_t bytes) {
+static void* host_memory(size_t bytes) {
   [[maybe_unused]] static const bool configured = mallopt(M_MMAP_THRESHOLD, 1 << 30) &&
                                                   mallopt(M_TRIM_THRESHOLD, INT32_MAX) &&
                                                   mallopt(M_TOP_PAD, 64 << 20);
@@ -30,7 +30,7 @@ void* host_memory(size_t bytes) {
 }
 
 // Adds `count` buffers, `bytes` in all; negative ones go.
-void add(Device device, const char* name, int64_t bytes, int64_t count) {
+static void add(Device device, const char* name, int64_t bytes, int64_t count) {
   const std::lock_guard lock(mutex);
   const size_t now = live_bytes[int(device)] += size_t(bytes);
   const bool new_peak = now > peak_bytes[int(device)];
@@ -40,8 +40,6 @@ void add(Device device, const char* name, int64_t bytes, int64_t count) {
   line = {name, line.bytes + size_t(bytes), line.count + count};
   if (new_peak) at_peak = planned;
 }
-
-}  // namespace
 
 void* allocate(size_t bytes, Device device, const char* name) {
   if (device == Device::cuda) fail("this build has no CUDA: {} cannot be allocated on a GPU", name);

@@ -29,10 +29,8 @@ double uniform(uint64_t key, uint64_t index) {
   return double((uint64_t(p[0]) << 21) ^ (p[1] >> 11)) * 0x1p-53;
 }
 
-namespace {
-
 // (first z + next) z + ..., by fma.
-template <class... C> float polynomial(float z, float first, C... next) {
+template <class... C> static float polynomial(float z, float first, C... next) {
   float p = first;
   ((p = std::fma(z, p, next)), ...);
   return p;
@@ -41,7 +39,7 @@ template <class... C> float polynomial(float z, float first, C... next) {
 // Natural logarithm on (0, 1]: x = m 2^e with m in [sqrt(1/2), sqrt(2)), atanh series in s = (m -
 // 1) / (m + 1). Only operations that IEEE 754 rounds exactly (and explicit fma), so every device
 // computes the same bits.
-float log_fixed(float x) {
+static float log_fixed(float x) {
   const uint32_t u = std::bit_cast<uint32_t>(x);
   float m = std::bit_cast<float>((u & 0x007fffffu) | 0x3f800000u);
   const bool large = m > 1.41421354f;
@@ -53,21 +51,15 @@ float log_fixed(float x) {
 }
 
 // cos(2 pi t) for t in [0, 1): the Taylor series around the nearest multiple of a quarter turn.
-float cos_turn(float t) {
+static float cos_turn(float t) {
   const float q = std::floor(std::fma(4.0f, t, 0.5f));
   const float a = (t - 0.25f * q) * 6.28318548f, z = a * a;
   const float c = polynomial(z, 2.48015876e-5f, -1.38888892e-3f, 4.16666679e-2f, -0.5f, 1.0f);
   const float odd = polynomial(z, 2.75573188e-6f, -1.98412701e-4f, 8.33333377e-3f, -0.166666672f);
   const float s = std::fma(z * a, odd, a);
-  switch (int(q) & 3) {
-    case 0: return c;
-    case 1: return -s;
-    case 2: return -c;
-    default: return s;
-  }
+  const float quarters[] = {c, -s, -c, s};
+  return quarters[int(q) & 3];
 }
-
-}  // namespace
 
 float normal(uint64_t key, uint64_t index) {
   const auto p = philox(key, index);

@@ -1,11 +1,6 @@
 #include "core/safetensors.h"
 
-#include <unistd.h>
-
-#include "core/value.h"
-
 namespace pith {
-namespace {
 
 using Entries = std::map<std::string, SafetensorsEntry>;
 
@@ -16,20 +11,20 @@ constexpr uint64_t kMaxHeader = uint64_t(32) << 20;
 // In the order of DType.
 const std::string kDTypes[] = {"F64", "F32", "BF16", "F8_E4M3", "I64", "I32", "U16", "U8"};
 
-int64_t non_negative(const Value& v) {
+static int64_t non_negative(const Value& v) {
   if (!v.is(Value::Kind::integer) || v.as_int() < 0) v.reject("a non-negative integer");
   return v.as_int();
 }
 
 // Nothing if a dimension is negative or the bytes, zeros left out of the product, exceed 63 bits.
-std::optional<uint64_t> bytes_of(const SafetensorsEntry& e) {
+static std::optional<uint64_t> bytes_of(const SafetensorsEntry& e) {
   double bytes = double(size_of(e.dtype));
   for (const int64_t d : e.shape) bytes *= d < 0 ? HUGE_VAL : double(std::max<int64_t>(d, 1));
   if (bytes >= 0x1p63) return {};
   return uint64_t(e.numel()) * size_of(e.dtype);
 }
 
-SafetensorsEntry parse_entry(const Value& v, size_t file) {
+static SafetensorsEntry parse_entry(const Value& v, size_t file) {
   const Value &dtype = v.at("dtype"), &shape = v.at("shape"), &offsets = v.at("data_offsets");
   const auto* known = std::ranges::find(kDTypes, dtype.as_string());
   if (known == std::end(kDTypes)) dtype.reject("one of F64 F32 BF16 F8_E4M3 I64 I32 U16 U8");
@@ -47,7 +42,7 @@ SafetensorsEntry parse_entry(const Value& v, size_t file) {
 }
 
 // The tensors must cover the data exactly, without holes or overlaps (README of the format).
-void check_coverage(const Entries& entries, uint64_t data_bytes, const std::string& path) {
+static void check_coverage(const Entries& entries, uint64_t data_bytes, const std::string& path) {
   std::vector<std::tuple<uint64_t, uint64_t, std::string_view>> order;
   for (const auto& [name, e] : entries) order.emplace_back(e.begin, e.end, name);
   std::ranges::sort(order);
@@ -63,8 +58,8 @@ void check_coverage(const Entries& entries, uint64_t data_bytes, const std::stri
 }
 
 // The entry of `name`; elements [begin, begin + count) must be among its own.
-const SafetensorsEntry& find(const Entries& entries, const std::string& path,
-                             const std::string& name, int64_t begin = 0, int64_t count = 0) {
+static const SafetensorsEntry& find(const Entries& entries, const std::string& path,
+                                    const std::string& name, int64_t begin = 0, int64_t count = 0) {
   const auto it = entries.find(name);
   if (it == entries.end()) fail_input("{}: no tensor {}", path, printable(name));
   const int64_t size = it->second.numel();
@@ -74,11 +69,9 @@ const SafetensorsEntry& find(const Entries& entries, const std::string& path,
   return it->second;
 }
 
-bool is_float(DType t) { return t == DType::f64 || t == DType::f32 || t == DType::bf16; }
+static bool is_float(DType t) { return t == DType::f64 || t == DType::f32 || t == DType::bf16; }
 
-bool exists(const std::string& path) { return ::access(path.c_str(), F_OK) == 0; }
-
-}  // namespace
+static bool exists(const std::string& path) { return ::access(path.c_str(), F_OK) == 0; }
 
 Safetensors::Safetensors(const std::string& path, const std::string& stem) : path_(path) {
   const std::string single = path + "/" + stem + ".safetensors", index = single + ".index.json";
@@ -102,7 +95,6 @@ Safetensors::Safetensors(const std::string& path, const std::string& stem) : pat
   }
 }
 
-// Maps a file and adds its metadata.
 Entries Safetensors::open(const std::string& file) {
   const std::span<const std::byte> bytes = files_.emplace_back(file).bytes();
   uint64_t length = 0;
@@ -114,11 +106,11 @@ Entries Safetensors::open(const std::string& file) {
   const Value root = parse_json({text, size_t(length)}, file);
   Entries entries;
   for (const auto& [name, v] : root.members()) {
-    if (name == "__metadata__") {
-      for (const auto& [key, item] : v.members()) metadata_[key] = item.as_string();
-    } else {
+    if (name != "__metadata__") {
       entries.emplace(name, parse_entry(v, data_.size()));
+      continue;
     }
+    for (const auto& [key, item] : v.members()) item.as_string();  // nobody reads it
   }
   data_.push_back(bytes.subspan(sizeof length + length));
   check_coverage(entries, data_.back().size(), file);
@@ -154,26 +146,18 @@ Tensor Safetensors::load(const std::string& name) const {
   return t;
 }
 
-struct SafetensorsWriter::Shard {
-  Value header = Value::object();
-  uint64_t bytes = 0, data_begin = 0;
-  std::unique_ptr<OutputFile> file = nullptr;  // from create() on
-};
-
 SafetensorsWriter::SafetensorsWriter(const std::string& directory, const std::string& stem,
                                      uint64_t shard_bytes)
-    : directory_(directory), stem_(stem), shard_bytes_(shard_bytes) {
-  shards_.push_back(std::make_shared<Shard>());
-}
+    : directory_(directory), stem_(stem), shard_bytes_(shard_bytes) {}
 
 void SafetensorsWriter::add(const std::string& name, DType dtype, std::vector<int64_t> shape) {
   SafetensorsEntry e{dtype, std::move(shape)};
   const auto bytes = bytes_of(e);
-  if (!bytes || name == "__metadata__" || entries_.contains(name) || shards_[0]->file)
+  if (!bytes || name == "__metadata__" || entries_.contains(name) || shards_[0].file)
     fail("{}: a shape that overflows, a reserved name, or added twice or after create()", name);
-  const uint64_t filled = shards_.back()->bytes;
-  if (filled > 0 && filled + *bytes > shard_bytes_) shards_.push_back(std::make_shared<Shard>());
-  Shard& shard = *shards_.back();
+  const uint64_t filled = shards_.back().bytes;
+  if (filled > 0 && filled + *bytes > shard_bytes_) shards_.emplace_back();
+  Shard& shard = shards_.back();
   e.file = shards_.size() - 1;
   e.begin = shard.bytes;
   e.end = shard.bytes += *bytes;
@@ -184,22 +168,18 @@ void SafetensorsWriter::add(const std::string& name, DType dtype, std::vector<in
   entries_.emplace(name, std::move(e));
 }
 
-void SafetensorsWriter::set_metadata(const std::string& key, const std::string& value) {
-  metadata_[key] = value;
-}
-
 void SafetensorsWriter::create() {
   int64_t total = 0;
   Value index, weight_map = Value::object();
   for (size_t i = 0; i < shards_.size(); ++i) {
-    Shard& shard = *shards_[i];
+    Shard& shard = shards_[i];
     const std::string name = shards_.size() == 1 ? stem_ + ".safetensors"
                                                  : fmt::format("{}-{:05}-of-{:05}.safetensors",
                                                                stem_, i + 1, shards_.size());
     for (const auto& [tensor, entry] : shard.header.members()) weight_map.add(tensor, name);
     total += int64_t(shard.bytes);
-    if (!metadata_.empty())
-      shard.header.add("__metadata__", Value::object({metadata_.begin(), metadata_.end()}));
+    if (!metadata.empty())
+      shard.header.add("__metadata__", Value::object({metadata.begin(), metadata.end()}));
     std::string header = shard.header.json();
     header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the data starts aligned
     const uint64_t length = header.size();
@@ -217,7 +197,7 @@ void SafetensorsWriter::create() {
 
 void SafetensorsWriter::write(const std::string& name, int64_t begin, const Tensor& src) {
   const SafetensorsEntry& e = find(entries_, directory_, name, begin, src.numel());
-  const Shard& shard = *shards_[e.file];
+  const Shard& shard = shards_[e.file];
   if (!shard.file) fail("{}: {} is written before create()", directory_, name);
   if (src.numel() == 0) return;
   const Tensor out = src.dtype() == e.dtype ? src : src.to(e.dtype, "safetensors.write");
@@ -226,7 +206,7 @@ void SafetensorsWriter::write(const std::string& name, int64_t begin, const Tens
 }
 
 void SafetensorsWriter::close() {
-  for (const auto& shard : shards_) shard->file->close();
+  for (const Shard& shard : shards_) shard.file->close();
   fsync_directory(directory_);
 }
 

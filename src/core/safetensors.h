@@ -4,6 +4,7 @@
 
 #include "core/file.h"
 #include "core/tensor.h"
+#include "core/value.h"
 
 namespace pith {
 
@@ -26,7 +27,6 @@ class Safetensors {
  public:
   explicit Safetensors(const std::string& path, const std::string& stem = "model");
   const std::map<std::string, SafetensorsEntry>& entries() const { return entries_; }
-  const std::map<std::string, std::string>& metadata() const { return metadata_; }
   bool has(const std::string& name) const { return entries_.count(name) != 0; }
   // InputError "FILE: no tensor NAME"
   const SafetensorsEntry& entry(const std::string& name) const;
@@ -43,7 +43,6 @@ class Safetensors {
   std::vector<MappedFile> files_;
   std::vector<std::span<const std::byte>> data_;  // of each file, after its header
   std::map<std::string, SafetensorsEntry> entries_;
-  std::map<std::string, std::string> metadata_;
 };
 
 // Writing is planned first, so that any process can write its own slice at its own offset: add()
@@ -55,20 +54,23 @@ class SafetensorsWriter {
   SafetensorsWriter(const std::string& directory, const std::string& stem,
                     uint64_t shard_bytes = uint64_t(4) << 30);
   void add(const std::string& name, DType dtype, std::vector<int64_t> shape);
-  void set_metadata(const std::string& key, const std::string& value);
   // Files: STEM.safetensors, or STEM-00001-of-0000N.safetensors with STEM.safetensors.index.json.
   void create();
   // Elements [begin, begin + src.numel()) of `name`; src (cpu) is converted to the file's dtype.
   void write(const std::string& name, int64_t begin, const Tensor& src);
-  void close();  // fsync all
+  void close();                                 // fsync all
+  std::map<std::string, std::string> metadata;  // "__metadata__" of every header
 
  private:
-  struct Shard;
+  struct Shard {
+    Value header = Value::object();
+    uint64_t bytes = 0, data_begin = 0;
+    std::unique_ptr<OutputFile> file = nullptr;  // from create() on
+  };
   std::string directory_, stem_;
   uint64_t shard_bytes_;
   std::map<std::string, SafetensorsEntry> entries_;
-  std::map<std::string, std::string> metadata_;
-  std::vector<std::shared_ptr<Shard>> shards_;
+  std::vector<Shard> shards_ = std::vector<Shard>(1);
 };
 
 }  // namespace pith

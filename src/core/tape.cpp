@@ -1,5 +1,6 @@
 #include "core/tape.h"
 
+#include "core/file.h"
 #include "core/op.h"
 
 namespace pith {
@@ -49,6 +50,18 @@ void Tape::backward() {
     // Nothing earlier can add to these any more: their memory is free from here on.
     for (uint64_t id : entry.outputs) grads_.erase(id);
   }
+}
+
+void write_chrome_trace(const std::string& path, const std::vector<OpEvent>& events) {
+  std::string out = "{\"traceEvents\":[\n";
+  for (const OpEvent& e : events)
+    out += fmt::format(
+        "{}{{\"name\":\"{}{}\",\"ph\":\"X\",\"pid\":0,\"tid\":0,\"ts\":{:.3f},\"dur\":{:.3f},"
+        "\"args\":{{\"at\":\"{}\",\"gflop\":{:.6f},\"mb\":{:.6f}}}}}",
+        &e == events.data() ? "" : ",\n", e.name, e.backward ? " backward" : "",
+        (e.begin - events.front().begin) * 1e6, (e.end - e.begin) * 1e6, e.at.str(),
+        e.cost.flops / 1e9, e.cost.bytes / 1e6);
+  write_file_atomic(path, out + "\n]}\n");
 }
 
 }  // namespace pith

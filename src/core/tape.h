@@ -26,6 +26,9 @@ struct OpEvent {  // one run of one op, for the timeline
   double begin, end;  // seconds, of one clock
   Cost cost;
 };
+// Writes events as a Chrome trace (chrome://tracing, Perfetto): name, source line, FLOPs and bytes
+// of every run.
+void write_chrome_trace(const std::string& path, const std::vector<OpEvent>& events);
 
 // Where a computation runs and how it is watched: one per process and device, passed explicitly.
 struct Context {

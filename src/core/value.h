@@ -1,6 +1,6 @@
 #pragma once
 // One small tree for JSON and TOML. The parsers (nlohmann-json, toml++) are each in one translation
-// unit, value_json.cpp and value_toml.cpp; everybody else sees only this type.
+// unit, value.cpp and value_toml.cpp; everybody else sees only this type.
 
 #include <variant>
 

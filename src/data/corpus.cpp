@@ -1,30 +1,21 @@
 #include "data/corpus.h"
 
-#include <unistd.h>
-
-#include <cstdio>
-#include <filesystem>
-
 namespace pith {
-namespace {
 
 constexpr char kMagic[] = "MMIDIDX\0";  // nine bytes with the terminator
 constexpr int64_t kHeader = 34;
-constexpr size_t kBuffer = size_t(1) << 20;
 
 // Numbers of an index are not aligned.
-template <class T> T load(const MappedFile& file, int64_t at) {
+template <class T> static T load(const MappedFile& file, int64_t at) {
   T value;
   std::memcpy(&value, file.bytes().data() + at, sizeof value);
   return value;
 }
 
-}  // namespace
-
 Corpus::Corpus(const std::string& prefix) : prefix_(prefix), data_(prefix + ".bin") {
-  const MappedFile index(prefix + ".idx");
-  const std::string& file = index.path();
-  const uint64_t size = index.bytes().size();
+  const std::string file = prefix + ".idx";
+  const MappedFile index(file);
+  const auto size = int64_t(index.bytes().size());
   if (size < kHeader || std::memcmp(index.bytes().data(), kMagic, 9) != 0)
     fail_input("{}: not a Megatron-LM index (it must begin with MMIDIDX)", file);
   if (const auto version = load<uint64_t>(index, 9); version != 1)
@@ -34,16 +25,11 @@ Corpus::Corpus(const std::string& prefix) : prefix_(prefix), data_(prefix + ".bi
     fail_input("{}: dtype code {}, only 4 (int32) and 8 (uint16) are read", file, code);
   token_bytes_ = code == 8 ? 2 : 4;
   tokens_ = int64_t(data_.bytes().size()) / token_bytes_;
-  const auto sequences = load<uint64_t>(index, 18), indices = load<uint64_t>(index, 26);
-  if (sequences > size / 12 || indices > size / 8 || indices < 1 ||
+  const auto sequences = load<int64_t>(index, 18), indices = load<int64_t>(index, 26);
+  if (sequences < 0 || sequences > size / 12 || indices < 1 || indices > size / 8 ||
       kHeader + 12 * sequences + 8 * indices != size)
     fail_input("{}: {} bytes do not hold {} sequences and {} document indices", file, size,
-               sequences, indices);
-  read_documents(index, int64_t(sequences), int64_t(indices) - 1);
-}
-
-void Corpus::read_documents(const MappedFile& index, int64_t sequences, int64_t documents) {
-  const std::string& file = index.path();
+               uint64_t(sequences), uint64_t(indices));
   const int64_t offsets = kHeader + 4 * sequences, firsts = offsets + 8 * sequences;
   int64_t expected = 0, previous = 0;
   for (int64_t i = 0; i < sequences; ++i) {
@@ -56,10 +42,10 @@ void Corpus::read_documents(const MappedFile& index, int64_t sequences, int64_t 
     expected += length * token_bytes_;
   }
   if (expected != int64_t(data_.bytes().size()))
-    fail_input("{}: {} bytes, {} says {}", data_.path(), data_.bytes().size(), file, expected);
-  for (int64_t d = 0; d <= documents; ++d) {
+    fail_input("{}.bin: {} bytes, {} says {}", prefix, data_.bytes().size(), file, expected);
+  for (int64_t d = 0; d < indices; ++d) {
     const auto first = load<int64_t>(index, firsts + 8 * d);
-    const bool ends_well = (d != 0 || first == 0) && (d != documents || first == sequences);
+    const bool ends_well = (d != 0 || first == 0) && (d != indices - 1 || first == sequences);
     if (first < previous || first > sequences || !ends_well)
       fail_input("{}: document {} begins at sequence {}; they must ascend from 0 to {}", file, d,
                  first, sequences);
@@ -103,51 +89,23 @@ CorpusWriter::CorpusWriter(const std::string& prefix, int64_t vocab_size, int64_
   lengths_.resize(uint64_t(documents_ * 4));
 }
 
-void CorpusWriter::add(std::span<const int32_t> ids) {
-  if (ids.size() > INT32_MAX) fail_input("a document of {} tokens is too long", ids.size());
+void CorpusWriter::add(std::span<const int32_t> ids, std::span<const int32_t> lengths) {
+  std::string bytes;
   for (const int32_t id : ids) {
     if (id < 0 || id >= vocab_size_)
       fail("token id {} is outside the vocabulary of {}", id, vocab_size_);
     // The low bytes come first.
-    bin_buffer_.append(reinterpret_cast<const char*>(&id), size_t(token_bytes_));
+    bytes.append(reinterpret_cast<const char*>(&id), size_t(token_bytes_));
   }
-  append_raw(length_buffer_, int32_t(ids.size()));
-  ++documents_;
+  bin_.write(bytes.data(), bytes.size());
+  lengths_.write(lengths.data(), lengths.size_bytes());
+  documents_ += int64_t(lengths.size());
   tokens_ += int64_t(ids.size());
-  if (bin_buffer_.size() + length_buffer_.size() > kBuffer) drain();
-}
-
-void CorpusWriter::drain() {
-  bin_.write(bin_buffer_.data(), bin_buffer_.size());
-  lengths_.write(length_buffer_.data(), length_buffer_.size());
-  bin_buffer_.clear();
-  length_buffer_.clear();
 }
 
 void CorpusWriter::flush_to_disk() {
-  drain();
   bin_.flush_to_disk();
   lengths_.flush_to_disk();
-}
-
-void CorpusWriter::write_index() {
-  const MappedFile lengths(prefix_ + ".len.partial");
-  const auto length = [&](int64_t d) { return load<int32_t>(lengths, 4 * d); };
-  OutputFile out(prefix_ + ".idx.partial");
-  std::string buffer(kMagic, 9);
-  const auto put = [&](auto value) {
-    append_raw(buffer, value);
-    if (buffer.size() < kBuffer) return;
-    out.write(buffer.data(), buffer.size());
-    buffer.clear();
-  };
-  append_raw(buffer, uint64_t(1), uint8_t(token_bytes_ == 2 ? 8 : 4), documents_, documents_ + 1);
-  for (int64_t d = 0; d < documents_; ++d) put(length(d));
-  for (int64_t d = 0, offset = 0; d < documents_; offset += int64_t(length(d++)) * token_bytes_)
-    put(offset);
-  for (int64_t d = 0; d <= documents_; ++d) put(d);
-  out.write(buffer.data(), buffer.size());
-  out.close();
 }
 
 void CorpusWriter::finish() {
@@ -155,17 +113,27 @@ void CorpusWriter::finish() {
     for (const char* end : {".bin.partial", ".len.partial"}) ::unlink((prefix_ + end).c_str());
     fail_input("{}: the input holds no text", prefix_);
   }
-  drain();
   bin_.close();
   lengths_.close();
-  write_index();
+  const MappedFile lengths(prefix_ + ".len.partial");
+  OutputFile index(prefix_ + ".idx.partial");
+  std::string header(kMagic, 9);
+  append_raw(header, uint64_t(1), uint8_t(token_bytes_ == 2 ? 8 : 4), documents_, documents_ + 1);
+  index.write(header.data(), header.size());
+  index.write(lengths.bytes().data(), lengths.bytes().size());
+  std::vector<int64_t> numbers(size_t(documents_) + 1);
+  for (int64_t d = 0; d < documents_; ++d)
+    numbers[d + 1] = numbers[d] + load<int32_t>(lengths, 4 * d) * int64_t(token_bytes_);
+  index.write(numbers.data(), size_t(documents_) * 8);
+  std::iota(numbers.begin(), numbers.end(), 0);  // each document is one sequence
+  index.write(numbers.data(), numbers.size() * 8);
+  index.close();
   ::unlink((prefix_ + ".idx").c_str());  // never a new .bin beside an old index
   for (const char* end : {".bin", ".idx"})
     if (std::rename((prefix_ + end + ".partial").c_str(), (prefix_ + end).c_str()) != 0)
       fail_input("{}{}: {}", prefix_, end, std::strerror(errno));
   ::unlink((prefix_ + ".len.partial").c_str());
-  const size_t slash = prefix_.rfind('/');
-  fsync_directory(slash == prefix_.npos ? "." : prefix_.substr(0, slash + 1));
+  fsync_directory(prefix_.substr(0, prefix_.rfind('/') + 1) + ".");
 }
 
 }  // namespace pith

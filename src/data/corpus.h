@@ -29,7 +29,6 @@ class Corpus {
   int64_t document_of(int64_t token) const;
 
  private:
-  void read_documents(const MappedFile& index, int64_t sequences, int64_t documents);
   std::string prefix_;
   MappedFile data_;
   std::vector<int64_t> document_offsets_;
@@ -46,21 +45,19 @@ class CorpusWriter {
   // tokens of the partial files; starts afresh if they have fewer.
   CorpusWriter(const std::string& prefix, int64_t vocab_size, int64_t documents = 0,
                int64_t tokens = 0);
-  // One document of one sequence. Error for an id outside the vocabulary.
-  void add(std::span<const int32_t> ids);
+  // Documents of one sequence each, back to back, and their lengths in tokens. Error for an id
+  // outside the vocabulary.
+  void add(std::span<const int32_t> ids, std::span<const int32_t> lengths);
   void flush_to_disk();  // what was added so far survives a crash
   void finish();         // InputError when nothing was added
   int64_t documents() const { return documents_; }
   int64_t tokens() const { return tokens_; }
 
  private:
-  void drain();
-  void write_index();
   std::string prefix_;
   int64_t vocab_size_, documents_, tokens_;
   int token_bytes_;
   OutputFile bin_, lengths_;
-  std::string bin_buffer_, length_buffer_;
 };
 
 }  // namespace pith

@@ -3,12 +3,9 @@
 #include "core/rng.h"
 
 namespace pith {
-namespace {
 
 constexpr int32_t kIgnored = -100;
 constexpr double kShares = 1 << 30;  // weights are rounded to integers of about this sum
-
-}  // namespace
 
 Loader::Loader(const std::vector<std::pair<std::string, double>>& corpora, int64_t sequence_length,
                int64_t vocab_size, bool document_mask, uint64_t seed)

@@ -42,10 +42,7 @@ class Loader {
     int64_t windows, share;
     int64_t taken = 0, lag = 0;  // lag = share * i - (sum of the shares) * taken after i samples
   };
-  struct Window {
-    const Corpus& corpus;
-    int64_t begin;  // in tokens
-  };
+  using Window = std::pair<const Corpus&, int64_t>;  // and where it begins, in tokens
   Source& next_source() const;
   Window next_window(int64_t sample) const;
   void move_to(int64_t sample) const;

@@ -1,29 +1,100 @@
 #include "data/pretokenize.h"
 
 #include <oniguruma.h>
+#include <utf8proc.h>
 
 #include <climits>
 
-#include "data/unicode.h"
-
 namespace pith {
-namespace {
+
+// As utf8proc and Oniguruma take them.
+static const unsigned char* bytes(const char* p) {
+  return reinterpret_cast<const unsigned char*>(p);
+}
+
+// Length of the ill-formed maximal subpart at p: what some bytes would complete, or one byte.
+static size_t subpart(const utf8proc_uint8_t* p, size_t n) {
+  for (size_t length = std::min(n, size_t(3)); length > 1; --length)
+    for (const utf8proc_uint8_t rest : {0x80, 0xbf}) {
+      utf8proc_uint8_t bytes[4] = {rest, rest, rest, rest};
+      std::copy_n(p, length, bytes);
+      utf8proc_int32_t c = 0;
+      if (utf8proc_iterate(bytes, 4, &c) > utf8proc_ssize_t(length)) return length;
+    }
+  return 1;
+}
+
+size_t utf8_length(char lead) {
+  return size_t(utf8proc_utf8class[static_cast<unsigned char>(lead)]);
+}
+
+uint32_t code_point(const char* p) {
+  utf8proc_int32_t c = 0;
+  utf8proc_iterate(bytes(p), utf8proc_ssize_t(utf8_length(*p)), &c);
+  return uint32_t(c);
+}
+
+void append_utf8(uint32_t c, std::string& out) {
+  utf8proc_uint8_t bytes[4];
+  const auto n = utf8proc_encode_char(utf8proc_int32_t(c), bytes);
+  out.append(bytes, bytes + n);
+}
+
+std::string repair_utf8(std::string_view text) {
+  std::string out;
+  size_t copied = 0;
+  for (size_t i = 0; i < text.size();) {
+    const auto* p = bytes(text.data() + i);
+    const size_t left = text.size() - i;
+    utf8proc_int32_t c = 0;
+    const auto length = utf8proc_iterate(p, utf8proc_ssize_t(left), &c);
+    if (length < 0) out.append(text, copied, i - copied).append("\xef\xbf\xbd");
+    i += length < 0 ? subpart(p, left) : size_t(length);
+    if (length < 0) copied = i;
+  }
+  return out.append(text, copied);
+}
+
+std::string normalize_nfc(std::string_view text) {
+  const auto below_300 = [](char c) { return static_cast<unsigned char>(c) < 0xcc; };
+  if (std::ranges::all_of(text, below_300)) return std::string(text);  // nothing there changes
+  utf8proc_uint8_t* mapped = nullptr;
+  const utf8proc_ssize_t n =
+      utf8proc_map(bytes(text.data()), utf8proc_ssize_t(text.size()), &mapped,
+                   utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+  if (n < 0) fail("utf8proc: {}", utf8proc_errmsg(n));
+  const std::string out(mapped, mapped + n);
+  std::free(mapped);
+  return out;
+}
+
+bool is_space(uint32_t c) {
+  const auto category = utf8proc_category(utf8proc_int32_t(c));
+  return (c >= 9 && c <= 13) || c == 0x85 ||
+         (category >= UTF8PROC_CATEGORY_ZS && category <= UTF8PROC_CATEGORY_ZP);
+}
+
+bool is_word(uint32_t c) {
+  const auto category = utf8proc_category(utf8proc_int32_t(c));
+  const bool circled = (c >= 0x24b6 && c <= 0x24e9) || (c >= 0x1f130 && c <= 0x1f149) ||
+                       (c >= 0x1f150 && c <= 0x1f169) || (c >= 0x1f170 && c <= 0x1f189);
+  return (category >= UTF8PROC_CATEGORY_LU && category <= UTF8PROC_CATEGORY_NL) ||
+         category == UTF8PROC_CATEGORY_PC || circled || c == 0x200c || c == 0x200d;
+}
 
 // Rust's char::is_numeric, of Unicode 17.
 const std::string kNumeric = "[\\p{N}\\x{11de0}-\\x{11de9}\\x{16ff4}-\\x{16ff6}]";
 const std::string kGpt2 =
     "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
 
-const OnigUChar* bytes(const char* p) { return reinterpret_cast<const OnigUChar*>(p); }
-
-std::string message(int code, OnigErrorInfo* info = nullptr) {
+static std::string message(int code, OnigErrorInfo* info = nullptr) {
   OnigUChar text[ONIG_MAX_ERROR_MESSAGE_LEN];
   const int size = onig_error_code_to_str(text, code, info);
   return {reinterpret_cast<const char*>(text), size_t(size)};
 }
 
-std::shared_ptr<regex_t> compile(const std::string& pattern, bool literal,
-                                 const std::string& where) {
+static std::shared_ptr<regex_t> compile(const std::string& pattern, bool literal,
+                                        const std::string& where) {
   // No limits: a piece may be as long as a document.
   [[maybe_unused]] static const bool ready = [] {
     OnigEncoding utf8 = ONIG_ENCODING_UTF8;
@@ -44,7 +115,7 @@ std::shared_ptr<regex_t> compile(const std::string& pattern, bool literal,
 }
 
 // Where the first match from `at` on is, or false.
-bool search(regex_t* regex, std::string_view text, size_t at, size_t& begin, size_t& end) {
+static bool search(regex_t* regex, std::string_view text, size_t at, size_t& begin, size_t& end) {
   const auto free_region = [](OnigRegion* r) { onig_region_free(r, 1); };
   thread_local const std::unique_ptr<OnigRegion, decltype(free_region)> region(onig_region_new());
   const OnigUChar *first = bytes(text.data()), *last = first + text.size();
@@ -56,8 +127,6 @@ bool search(regex_t* regex, std::string_view text, size_t at, size_t& begin, siz
   end = size_t(region->end[0]);
   return true;
 }
-
-}  // namespace
 
 PreTokenizer::PreTokenizer(const Value& spec) {
   add(spec);

@@ -1,15 +1,12 @@
 #include "data/tokenize.h"
 
 #include <fnmatch.h>
+#include <omp.h>
 #include <sys/stat.h>
-#include <unistd.h>
 #include <zlib.h>
 #include <zstd.h>
 
-#include <chrono>
 #include <deque>
-#include <filesystem>
-#include <fstream>
 #include <future>
 #include <sstream>
 #include <thread>
@@ -30,19 +27,11 @@ struct Source {
   int64_t bytes = 0, time = 0;  // on disk; nanoseconds
 };
 
-struct stat status_of(const std::string& path) {
-  struct stat info {};
-  if (::stat(path.c_str(), &info) != 0) fail_input("{}: {}", path, std::strerror(errno));
-  return info;
-}
-
 // No NUL in the first 8 KiB.
 bool looks_like_text(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) fail_input("{}: {}", path, std::strerror(errno));
-  char block[8192];
-  file.read(block, sizeof block);
-  return !std::memchr(block, '\0', size_t(file.gcount()));
+  const MappedFile file(path);
+  const auto head = file.bytes().first(std::min<size_t>(file.bytes().size(), 8192));
+  return std::ranges::find(head, std::byte(0)) == head.end();
 }
 
 bool is_lines(const std::string& path) {
@@ -50,7 +39,8 @@ bool is_lines(const std::string& path) {
 }
 
 Source file_source(const std::string& path) {
-  const struct stat info = status_of(path);
+  struct stat info {};
+  if (::stat(path.c_str(), &info) != 0) fail_input("{}: {}", path, std::strerror(errno));
   if (!is_lines(path) && (path.ends_with(".gz") || path.ends_with(".zst")))
     fail_input("{}: of compressed files only .jsonl.gz and .jsonl.zst are read", path);
   return {path, is_lines(path) ? Source::Kind::lines : Source::Kind::text, info.st_size,
@@ -58,20 +48,15 @@ Source file_source(const std::string& path) {
 }
 
 // The regular files below a directory, each directory once, without hidden names.
-void walk(const std::string& directory, std::set<std::pair<dev_t, ino_t>>& visited,
-          std::vector<std::string>& files) {
-  const struct stat info = status_of(directory);
-  if (!visited.emplace(info.st_dev, info.st_ino).second) return;
+void walk(const std::string& directory, std::set<fs::path>& visited, std::set<std::string>& files) {
   std::error_code error;
-  std::vector<fs::path> entries;
-  for (fs::directory_iterator it(directory, error), end; !error && it != end; it.increment(error))
-    entries.push_back(it->path());
+  if (!visited.insert(fs::canonical(directory, error)).second) return;
+  const std::set<fs::path> entries(fs::directory_iterator(directory, error), {});
   if (error) fail_input("{}: {}", directory, error.message());
-  std::sort(entries.begin(), entries.end());
   for (const fs::path& entry : entries) {
     if (entry.filename().string()[0] == '.') continue;
     if (fs::is_directory(entry, error)) walk(entry.string(), visited, files);
-    if (fs::is_regular_file(entry, error)) files.push_back(entry.string());
+    if (fs::is_regular_file(entry, error)) files.insert(entry.string());
   }
 }
 
@@ -89,16 +74,16 @@ bool wanted(const std::string& path, size_t root_size, const std::vector<std::st
 std::vector<Source> find_sources(const std::vector<std::string>& inputs,
                                  const std::vector<std::string>& globs) {
   std::vector<Source> sources;
+  std::error_code error;
   for (const std::string& input : inputs) {
     if (input == "-") {
       sources.push_back({"standard input", Source::Kind::standard_input});
-    } else if (S_ISDIR(status_of(input).st_mode)) {
+    } else if (fs::is_directory(input, error)) {
       std::string root = input;
       while (root.ends_with('/')) root.pop_back();
-      std::set<std::pair<dev_t, ino_t>> visited;
-      std::vector<std::string> files;
+      std::set<fs::path> visited;
+      std::set<std::string> files;
       walk(root + "/", visited, files);
-      std::sort(files.begin(), files.end());
       for (const std::string& file : files)
         if (wanted(file, root.size(), globs)) sources.push_back(file_source(file));
     } else {
@@ -222,16 +207,9 @@ class ChunkReader {
   int64_t done_bytes_ = 0;  // on disk, of the sources before
 };
 
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
 // The encoded documents of one chunk.
 struct Batch {
-  std::vector<int32_t> ids;  // of all documents, end-of-text included
-  std::vector<size_t> ends;  // of each document in ids
+  std::vector<int32_t> ids, lengths;  // of all documents, end-of-text included
   int64_t bytes = 0, disk_bytes = 0;
 };
 
@@ -245,29 +223,28 @@ struct Job {
     encoder.encode(text, batch.ids);
     if (batch.ids.size() == before) return;
     if (options.eos) batch.ids.push_back(*tokenizer.eos_id());
-    batch.ends.push_back(batch.ids.size());
+    const size_t length = batch.ids.size() - before;
+    if (length > INT32_MAX) fail_input("a document of {} tokens is too long", length);
+    batch.lengths.push_back(int32_t(length));
     batch.bytes += int64_t(text.size());
   }
 
   Batch encode(const Chunk& chunk, Encoder& encoder) const {
     const Source& source = sources[chunk.source];
     Batch batch{.disk_bytes = chunk.disk_bytes};
-    const bool is_file = source.kind == Source::Kind::text;
-    if (chunk.whole)
+    if (chunk.whole) {
+      const bool is_file = source.kind == Source::Kind::text;
       add_document(is_file ? read_file(source.path) : chunk.text, encoder, batch);
-    else
-      add_lines(chunk, encoder, batch);
-    return batch;
-  }
-
-  void add_lines(const Chunk& chunk, Encoder& encoder, Batch& batch) const {
+      return batch;
+    }
     std::istringstream lines(chunk.text);
     std::string line;
     for (int64_t number = chunk.first_line; std::getline(lines, line); ++number) {
       if (line.find_first_not_of(" \t\r") == line.npos) continue;
-      const Value json = parse_json(line, fmt::format("{}:{}", sources[chunk.source].path, number));
+      const Value json = parse_json(line, fmt::format("{}:{}", source.path, number));
       add_document(json.at(options.text_key).as_string(), encoder, batch);
     }
+    return batch;
   }
 };
 
@@ -282,26 +259,24 @@ template <class Done> void encode_all(const Job& job, int64_t skip, Done&& done)
   ChunkReader reader(job.sources);
   Chunk chunk;
   for (int64_t i = 0; i < skip; ++i) reader.next(chunk);
+  std::exception_ptr unreadable;
   size_t n = 0;
-  for (bool more = true; more || !pending.empty();) {
+  for (;;) {
     try {
-      while (pending.size() < encoders.size() && (more = more && reader.next(chunk))) {
+      while (!unreadable && pending.size() < encoders.size() && reader.next(chunk)) {
         Encoder& encoder = encoders[n++ % encoders.size()];
         pending.push_back(std::async(std::launch::async, [&, chunk = std::move(chunk)] {
           return job.encode(chunk, encoder);
         }));
       }
     } catch (...) {
-      more = false;
-      pending.push_back(std::async(std::launch::deferred, [e = std::current_exception()] {
-        std::rethrow_exception(e);
-        return Batch();
-      }));
+      unreadable = std::current_exception();  // once the chunks before it are done
     }
     if (pending.empty()) break;
     done(pending.front().get());
     pending.pop_front();
   }
+  if (unreadable) std::rethrow_exception(unreadable);
 }
 
 // FNV-1a over everything that decides the output; "" for standard input, of which nobody can say
@@ -345,13 +320,6 @@ bool load(TokenizeResult& r, const std::string& path, const std::string& fingerp
   return true;
 }
 
-void make_parent_directory(const std::string& path) {
-  const auto parent = fs::path(path).parent_path();
-  std::error_code error;
-  if (!parent.empty()) fs::create_directories(parent, error);
-  if (error) fail_input("{}: {}", parent.string(), error.message());
-}
-
 }  // namespace
 
 std::string TokenizeResult::str() const {
@@ -361,7 +329,7 @@ std::string TokenizeResult::str() const {
 }
 
 TokenizeResult tokenize_corpus(const TokenizeOptions& o) {
-  const Clock::time_point start = Clock::now();
+  const double start = omp_get_wtime();
   if (o.workers < 0) fail_input("--workers {}: must be at least 1, or 0 for all cores", o.workers);
   const Tokenizer tokenizer(o.tokenizer);
   if (o.eos && !tokenizer.eos_id())
@@ -376,7 +344,10 @@ TokenizeResult tokenize_corpus(const TokenizeOptions& o) {
     const Corpus whole(o.output);
     return r;
   }
-  make_parent_directory(o.output);
+  const fs::path parent = fs::path(o.output).parent_path();
+  std::error_code error;
+  if (!parent.empty()) fs::create_directories(parent, error);
+  if (error) fail_input("{}: {}", parent.string(), error.message());
   load(r, partial, mark);
   CorpusWriter writer(o.output, tokenizer.vocab_size(), r.documents, r.tokens);
   if (writer.documents() == 0) r = {.output = o.output};
@@ -385,28 +356,25 @@ TokenizeResult tokenize_corpus(const TokenizeOptions& o) {
   const int64_t old_bytes = r.bytes;
   int64_t total = 0;
   for (const Source& s : sources) total += s.bytes;
-  Clock::time_point saved = start, told = start;
+  double saved = start, told = start;
   encode_all(job, r.chunks, [&](const Batch& batch) {
-    size_t begin = 0;
-    for (const size_t end : batch.ends) {
-      writer.add(std::span(batch.ids).subspan(begin, end - begin));
-      begin = end;
-    }
+    writer.add(batch.ids, batch.lengths);
     r.chunks += 1;
     r.documents = writer.documents();
     r.tokens = writer.tokens();
     r.bytes += batch.bytes;
-    r.seconds = seconds_since(start);
-    if (seconds_since(told) > 5) {
+    const double now = omp_get_wtime();
+    r.seconds = now - start;
+    if (now - told > 5) {
       fmt::print(stderr, "tokenize  {:.1f} MB  {:.1f} MB/s  {} tokens  {}\n", double(r.bytes) / 1e6,
                  double(r.bytes - old_bytes) / 1e6 / r.seconds, r.tokens,
                  total ? fmt::format("{}%", 100 * batch.disk_bytes / total) : "");
-      told = Clock::now();
+      told = now;
     }
-    if (seconds_since(saved) < 0.2) return;
+    if (now - saved < 0.2) return;
     writer.flush_to_disk();  // before the file that says so
     save(r, partial, mark);
-    saved = Clock::now();
+    saved = omp_get_wtime();
   });
   ::unlink(finished.c_str());
   writer.finish();

@@ -1,9 +1,7 @@
 #pragma once
 // `pith tokenize`: text in, a token corpus (data/corpus.h) out. Parallel, deterministic, resumable.
 
-#include <cstdint>
-#include <string>
-#include <vector>
+#include "core/error.h"
 
 namespace pith {
 

@@ -1,18 +1,16 @@
 #include "data/tokenizer.h"
 
-#include <filesystem>
 #include <queue>
+#include <sstream>
 
 #include "core/file.h"
-#include "data/unicode.h"
 
 namespace pith {
-namespace {
 
 constexpr uint32_t kNever = ~0u;  // the rank of a pair that does not merge
 
 // Where the last character of `text` begins.
-size_t last_character(std::string_view text) {
+static size_t last_character(std::string_view text) {
   size_t i = text.size() - 1;
   while (i > 0 && (text[i] & 0xc0) == 0x80) --i;
   return i;
@@ -21,7 +19,8 @@ size_t last_character(std::string_view text) {
 // Calls found(id) and between(text) for the leftmost-longest matches in `text` and what is between
 // them. As in the library, stripped spaces belong to the match, and a discarded match still uses
 // its text up.
-void split_at_tokens(const auto& tokens, std::string_view text, auto&& found, auto&& between) {
+static void split_at_tokens(const auto& tokens, std::string_view text, auto&& found,
+                            auto&& between) {
   const auto is_word_at = [&](size_t i) { return is_word(code_point(text.data() + i)); };
   const auto is_space_at = [&](size_t i) { return is_space(code_point(text.data() + i)); };
   size_t done = 0;
@@ -52,41 +51,39 @@ void split_at_tokens(const auto& tokens, std::string_view text, auto&& found, au
 }
 
 // GPT-2's printable character for a byte: itself where printable in Latin-1, else U+0100 and on.
-uint32_t character_of(uint32_t byte) {
+static uint32_t character_of(uint32_t byte) {
   if (byte <= 0x20) return 0x100 + byte;
   if (byte >= 0x7f && byte <= 0xa0) return 0x121 + byte - 0x7f;
   return byte == 0xad ? 0x143 : byte;
 }
 
 // The byte that a character stands for, or -1.
-int byte_of(uint32_t c) {
+static int byte_of(uint32_t c) {
   for (const uint32_t byte : {c, c - 0x100, c - 0x121 + 0x7f, 0xadu})
     if (byte < 0x100 && character_of(byte) == c) return int(byte);
   return -1;
 }
 
-std::string spelled(std::string_view bytes) {
+static std::string spelled(std::string_view bytes) {
   std::string out;
   for (const unsigned char byte : bytes) append_utf8(character_of(byte), out);
   return out;
 }
 
-uint64_t pair_key(int32_t left, int32_t right) {
+static uint64_t pair_key(int32_t left, int32_t right) {
   return uint64_t(uint32_t(left)) << 32 | uint32_t(right);
 }
 
 // The member `key` if there is one that is not null.
-const Value* given(const Value& object, const char* key) {
+static const Value* given(const Value& object, const char* key) {
   const Value* v = object.find(key);
   return v && !v->is_null() ? v : nullptr;
 }
 
-bool flag(const Value& object, const char* key) {
+static bool flag(const Value& object, const char* key) {
   const Value* v = given(object, key);
   return v && v->as_bool();
 }
-
-}  // namespace
 
 Tokenizer::Tokenizer(const std::string& path) {
   std::error_code error;
@@ -152,24 +149,21 @@ void Tokenizer::read_bpe(const Value& bpe) {
 void Tokenizer::read_merges(const Value& list) {
   merges_.reserve(2 * list.items().size());
   for (const Value& merge : list.items()) {
-    std::string left, right;
+    std::vector<std::string> tokens;  // left and right, then what they make
     if (merge.is(Value::Kind::string)) {
-      const std::string& text = merge.as_string();
-      if (text.starts_with("#version")) continue;
-      const size_t space = text.find(' ');
-      if (space == text.npos || space != text.rfind(' ')) merge.reject("two tokens");
-      left = text.substr(0, space);
-      right = text.substr(space + 1);
+      if (merge.as_string().starts_with("#version")) continue;
+      std::istringstream text(merge.as_string());
+      for (std::string token; std::getline(text, token, ' ');) tokens.push_back(token);
     } else {
-      if (merge.items().size() != 2) merge.reject("two tokens");
-      left = merge.items()[0].as_string();
-      right = merge.items()[1].as_string();
+      for (const Value& token : merge.items()) tokens.push_back(token.as_string());
     }
-    for (const std::string& text : {left, right, left + right})
-      if (find(text) < 0)
-        merge.reject(fmt::format("tokens of the vocabulary (\"{}\" is not)", text));
-    merges_[pair_key(find(left), find(right))] = uint32_t(merged_.size());
-    merged_.push_back(find(left + right));
+    if (tokens.size() != 2) merge.reject("two tokens");
+    tokens.push_back(tokens[0] + tokens[1]);
+    for (const std::string& token : tokens)
+      if (find(token) < 0)
+        merge.reject(fmt::format("tokens of the vocabulary (\"{}\" is not)", token));
+    merges_[pair_key(find(tokens[0]), find(tokens[1]))] = uint32_t(merged_.size());
+    merged_.push_back(find(tokens[2]));
   }
 }
 
@@ -220,7 +214,7 @@ void Tokenizer::find_eos() {
                                     "<eos>"};
   const std::filesystem::path config =
       std::filesystem::path(file_).replace_filename("tokenizer_config.json");
-  if (std::error_code error; std::filesystem::exists(config, error)) {
+  if (std::filesystem::exists(config)) {
     const Value json = parse_json(read_file(config), config);
     const Value* token = given(json, "eos_token");
     if (token && token->is(Value::Kind::object)) token = given(*token, "content");

@@ -44,10 +44,10 @@ class Tokenizer {
     int32_t id;
     bool single_word, lstrip, rstrip;
   };
-  using AddedTokens = std::array<std::vector<AddedToken>, 256>;  // by first byte, longest first
-  struct PairHash {
+  struct PairHash {  // the identity of std::hash makes all of tokenizing a quarter slower
     size_t operator()(uint64_t k) const { return (k ^ k >> 29) * 0x9e3779b97f4a7c15u >> 20; }
   };
+  using AddedTokens = std::array<std::vector<AddedToken>, 256>;  // by first byte, longest first
 
   void read_bpe(const Value& bpe);
   void read_merges(const Value& merges);

@@ -15,8 +15,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int64_t kFormat = 1;  // of trainer/: counted up when an older program could not read it
-constexpr const char* kVersion = "0.1.0";
 constexpr int64_t kChunk = 1 << 22;  // elements converted at a time, so that it needs little memory
 
 bool exists(const std::string& path) { return ::access(path.c_str(), F_OK) == 0; }
@@ -84,56 +82,42 @@ void read_parts(const Safetensors& file, std::vector<Part>& parts,
 // The first of the forms a parameter can be read from whose tensors are all there.
 const std::vector<Piece>& source_form(const Param& p, const Safetensors& file) {
   std::string missing;
-  const auto is_there = [&](const std::vector<Piece>& form) {
-    for (const Piece& piece : form) {
-      if (file.has(piece.name)) continue;
-      missing += missing.empty() ? piece.name : " (or, in another form, " + piece.name + ")";
-      return false;
-    }
-    return true;
-  };
-  if (is_there(p.pieces)) return p.pieces;
-  for (const auto& form : p.also_read)
-    if (is_there(form)) return form;
+  for (size_t i = 0; i <= p.also_read.size(); ++i) {
+    const std::vector<Piece>& form = i == 0 ? p.pieces : p.also_read[i - 1];
+    const auto absent = [&](const Piece& piece) { return !file.has(piece.name); };
+    const auto gap = std::ranges::find_if(form, absent);
+    if (gap == form.end()) return form;
+    missing += i == 0 ? gap->name : " (or, in another form, " + gap->name + ")";
+  }
   fail_input("{}: no tensor {}", file.path(), missing);
 }
 
 using Files = std::map<std::string, std::string>;  // contents by name in the checkpoint
 
-void add_tokenizer(const RunConfig& run, const Model& model, Files& files) {
-  const Tokenizer tokenizer(run.tokenizer);
-  if (tokenizer.vocab_size() > model.size.vocabulary)
-    fail_input("{} has {} tokens, the model's vocab_size is {}", run.tokenizer,
-               tokenizer.vocab_size(), model.size.vocabulary);
-  // The least that lets AutoTokenizer open the directory.
-  Value config = Value::object({{"tokenizer_class", "PreTrainedTokenizerFast"},
-                                {"model_max_length", run.data.sequence_length}});
-  if (const auto eos = tokenizer.eos_id()) config["eos_token"] = tokenizer.decode({&*eos, 1});
-  files["tokenizer_config.json"] = config.json(2) + "\n";
-  files["tokenizer.json"] = read_file(tokenizer.file());
-  for (const char* name : {"special_tokens_map.json", "vocab.json", "merges.txt",
-                           "chat_template.jinja", "tokenizer_config.json"})
-    if (const fs::path beside = fs::path(tokenizer.file()).parent_path() / name; exists(beside))
-      files[name] = read_file(beside);
-}
-
-Value exported_config(const Model& model) {
-  Value config = model.hf_config();
-  config["dtype"] = "bfloat16";
-  config["torch_dtype"] = "bfloat16";
-  return config;
-}
-
 // The files that are the same in every checkpoint of a run.
 Files fixed_files(const RunConfig& run, const Model& model) {
-  const Value config = exported_config(model);
-  Value generation = Value::object({{"_from_model_config", true}});
+  Value config = model.hf_config(), generation = Value::object({{"_from_model_config", true}});
+  for (const char* key : {"dtype", "torch_dtype"}) config[key] = "bfloat16";
   for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
     if (const Value* id = config.find(key); id && !id->is_null()) generation[key] = *id;
   Files files = {{"config.json", config.json(2) + "\n"},
                  {"generation_config.json", generation.json(2) + "\n"},
                  {"trainer/run.toml", run.to_toml()}};
-  if (!run.tokenizer.empty()) add_tokenizer(run, model, files);
+  if (run.tokenizer.empty()) return files;
+  const Tokenizer tokenizer(run.tokenizer);
+  if (tokenizer.vocab_size() > model.size.vocabulary)
+    fail_input("{} has {} tokens, the model's vocab_size is {}", run.tokenizer,
+               tokenizer.vocab_size(), model.size.vocabulary);
+  // The least that lets AutoTokenizer open the directory.
+  Value minimal = Value::object({{"tokenizer_class", "PreTrainedTokenizerFast"},
+                                 {"model_max_length", run.data.sequence_length}});
+  if (const auto eos = tokenizer.eos_id()) minimal["eos_token"] = tokenizer.decode({&*eos, 1});
+  files["tokenizer_config.json"] = minimal.json(2) + "\n";
+  files["tokenizer.json"] = read_file(tokenizer.file());
+  for (const char* name : {"special_tokens_map.json", "vocab.json", "merges.txt",
+                           "chat_template.jinja", "tokenizer_config.json"})
+    if (const fs::path beside = fs::path(tokenizer.file()).parent_path() / name; exists(beside))
+      files[name] = read_file(beside);
   return files;
 }
 
@@ -149,10 +133,11 @@ std::string instruction_set() {
   return fmt::format("{} on {}", built, brain ? "avx512bf16" : wide ? "avx512f" : "avx2");
 }
 
-// trainer/state.json. The order of the data follows from seed and position (in sequences) alone.
+// trainer/state.json. The order of the data follows from seed and position (in sequences) alone;
+// the format of trainer/ is counted up when an older program could not read it.
 Value state_of(const RunConfig& run, int64_t step) {
-  return Value::object({{"format", kFormat},
-                        {"version", kVersion},
+  return Value::object({{"format", 1},
+                        {"version", "0.1.0"},
                         {"step", step},
                         {"data_position", step * run.train.global_batch_size},
                         {"seed", run.train.seed},
@@ -168,7 +153,7 @@ void write_parts(const std::string& directory, const char* stem, const std::vect
   for (const Part& part : parts)
     file.add(part.name, as_bf16 ? DType::bf16 : part.data.dtype(),
              {part.shape.dims().begin(), part.shape.dims().end()});
-  file.set_metadata("format", "pt");  // transformers insists on it
+  file.metadata["format"] = "pt";  // transformers insists on it
   file.create();
   for (const Part& part : parts)
     for (int64_t begin = 0, n = part.data.numel(); begin < n; begin += kChunk)
@@ -326,7 +311,7 @@ int64_t Checkpoints::load(const std::string& directory) {
     warn_once(fmt::format(
         "{}: train.global_batch_size has changed: the data continues at sequence {}, not at {}",
         directory, step * run_.train.global_batch_size, position));
-  const Value config = read_model_config(directory), own = exported_config(model_);
+  const Value config = read_model_config(directory), own = parse_json(files_.at("config.json"), "");
   for (const auto& [key, value] : own.members()) {
     const Value* there = config.find(key);
     if (there && there->json() != value.json() && key != "transformers_version")

@@ -1,20 +1,24 @@
 #include "engine/metrics.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
+
+#include <ctime>
 
 #include "core/value.h"
 #include "ops/gemm.h"
 
 namespace pith {
-namespace {
 
-LayerLoad busiest(const StepMetrics& m) {
-  const auto most = std::ranges::max_element(m.load, {}, &LayerLoad::max);
-  return most == m.load.end() ? LayerLoad{} : *most;
+// The layer with the largest load, and the load.
+static std::pair<int, double> busiest(const StepMetrics& m) {
+  const auto load = [](const auto& layer) { return layer.second; };
+  const auto most = std::ranges::max_element(m.load, {}, load);
+  return most == m.load.end() ? std::pair(0, 0.0) : std::pair<int, double>(*most);
 }
 
 // The scalars of a step: f(name, value, format in the step line, "" for not there).
-template <class F> void for_each_scalar(const StepMetrics& m, F&& f) {
+template <class F> static void for_each_scalar(const StepMetrics& m, F&& f) {
   f("loss", m.loss, "{:.4f}");
   f("balance_loss", m.balance_loss, "{:.3f}");
   if (m.z_loss) f("z_loss", *m.z_loss, "");
@@ -23,13 +27,13 @@ template <class F> void for_each_scalar(const StepMetrics& m, F&& f) {
   f("tokens_per_second", m.tokens_per_second, "{:.0f}");
   f("sol", m.sol, "{:.2f}");
   f("peak_gb", m.peak_gb, "{:.1f}");
-  f("load_max", busiest(m).max, "{:.1f}");
+  f("load_max", busiest(m).second, "{:.1f}");
   if (m.validation_loss) f("validation_loss", *m.validation_loss, "");
   f("seconds", m.seconds, "");
 }
 
 // "41s", "52m", "3h05m", "2d04h".
-std::string duration(double seconds) {
+static std::string duration(double seconds) {
   if (!(seconds >= 0 && seconds < 1e10)) return "?";
   const auto whole = int64_t(std::llround(seconds)), minutes = (whole + 30) / 60,
              hours = minutes / 60;
@@ -41,7 +45,7 @@ std::string duration(double seconds) {
 
 // Rewrites the file without lines after `done_steps` and without a half-written end; gives its
 // path.
-std::string truncated(const std::string& path, int64_t done_steps) {
+static std::string truncated(const std::string& path, int64_t done_steps) {
   if (::access(path.c_str(), F_OK) != 0) return path;
   const std::string text = read_file(path);
   std::string kept;
@@ -54,7 +58,65 @@ std::string truncated(const std::string& path, int64_t done_steps) {
   return path;
 }
 
-}  // namespace
+// CRC-32C (Castagnoli, RFC 3720), reflected, a bit at a time: events are small. TFRecord stores it
+// rotated and offset, so that a checksum of a checksum is not degenerate.
+static uint32_t masked_crc(std::string_view bytes) {
+  uint32_t c = ~0u;
+  for (const char b : bytes) {
+    c ^= uint8_t(b);
+    for (int bit = 0; bit < 8; ++bit) c = (c >> 1) ^ (c & 1 ? 0x82f63b78u : 0);
+  }
+  return ((~c >> 15) | (~c << 17)) + 0xa282ead8u;
+}
+
+// Protobuf's wire types.
+constexpr int kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5;
+static char tag(int field, int wire_type) { return char(field << 3 | wire_type); }
+
+static void put_varint(std::string& out, uint64_t v) {
+  for (; v >= 128; v >>= 7) out += char(v | 128);
+  out += char(v);
+}
+
+static void put_bytes(std::string& out, int field, std::string_view v) {
+  out += tag(field, kBytes);
+  put_varint(out, v.size());
+  out += v;
+}
+
+// An Event, wall_time = 1 (double), step = 2 (int64) and a field of bytes, as a record.
+static std::string event_record(int64_t step, int field, std::string_view content) {
+  const std::chrono::duration<double> now = std::chrono::system_clock::now().time_since_epoch();
+  std::string event, record;
+  append_raw(event, tag(1, kFixed64), now.count(), tag(2, kVarint));
+  put_varint(event, uint64_t(step));
+  put_bytes(event, field, content);
+  append_raw(record, uint64_t(event.size()));
+  append_raw(record, masked_crc(record));
+  record += event;
+  append_raw(record, masked_crc(event));
+  return record;
+}
+
+// In `directory`, which may exist; if it cannot be made, opening the file says why.
+static std::string new_event_file(const std::string& directory) {
+  ::mkdir(directory.c_str(), 0777);
+  char host[256] = "";
+  ::gethostname(host, sizeof host - 1);
+  return fmt::format("{}/events.out.tfevents.{:010}.{}.{}", directory, std::time(nullptr), host,
+                     ::getpid());
+}
+
+std::string scalar_event(int64_t step, std::span<const std::pair<std::string, float>> scalars) {
+  std::string summary;
+  for (const auto& [name, value] : scalars) {  // Summary.Value: tag = 1, simple_value = 2 (float)
+    std::string item;
+    put_bytes(item, 1, name);
+    append_raw(item, tag(2, kFixed32), value);
+    put_bytes(summary, 1, item);
+  }
+  return event_record(step, 5, summary);  // Event.summary
+}
 
 double measure_peak_flops(DType dtype) {
   using Clock = std::chrono::steady_clock;
@@ -87,7 +149,7 @@ std::string step_line(const StepMetrics& m, int64_t total_steps, double eta_seco
   for_each_scalar(m, [&](const std::string& name, double value, const std::string& format) {
     if (!format.empty()) line += fmt::format(fmt::runtime("  {} " + format), name, value);
   });
-  line += fmt::format("@L{:02}  eta {}", busiest(m).layer, duration(eta_seconds));  // of load_max
+  line += fmt::format("@L{:02}  eta {}", busiest(m).first, duration(eta_seconds));  // of load_max
   if (m.validation_loss) line += fmt::format("  validation_loss {:.4f}", *m.validation_loss);
   return line;
 }
@@ -96,16 +158,23 @@ std::string step_json(const StepMetrics& m) {
   Value line;
   line["step"] = m.step;
   for_each_scalar(m, [&](auto name, double value, auto) { line.add(name, value); });
-  line["load_max_layer"] = busiest(m).layer;
+  line["load_max_layer"] = busiest(m).first;
   Value& load = line["load_max_by_layer"] = Value::array();
-  for (const LayerLoad& layer : m.load) load.push_back(layer.max);
+  for (const auto& [layer, most] : m.load) load.push_back(most);
   return line.json();
 }
 
+static void append(OutputFile& file, const std::string& text) {
+  file.write(text.data(), text.size());
+}
+
+// Event files are appended to, should two be opened within one second.
 Metrics::Metrics(const RunConfig& run, int64_t done_steps)
     : train_(run.train),
       json_(truncated(run.out + "/metrics.jsonl", done_steps), true),
-      events_(run.out + "/tensorboard") {}
+      events_(new_event_file(run.out + "/tensorboard"), true) {
+  append(events_, event_record(0, 3, "brain.Event:2"));  // Event.file_version
+}
 
 void Metrics::log(const StepMetrics& m) {
   // By the clock, so that evaluation and checkpoints count too.
@@ -113,14 +182,13 @@ void Metrics::log(const StepMetrics& m) {
   const double left = double(std::max<int64_t>(train_.last_step() - m.step, 0));
   const double eta = elapsed.count() / double(++logged_) * left;
   say(stdout, step_line(m, train_.steps, eta) + "\n");
-  const std::string json = step_json(m) + '\n';
-  json_.write(json.data(), json.size());
+  append(json_, step_json(m) + '\n');
 
   std::vector<std::pair<std::string, float>> scalars;
   for_each_scalar(m, [&](auto name, double v, auto) { scalars.emplace_back(name, float(v)); });
   for (const auto& [layer, most] : m.load)
     scalars.emplace_back(fmt::format("load_max/L{:02}", layer), float(most));
-  events_.scalars(m.step, scalars);
+  append(events_, scalar_event(m.step, scalars));
 }
 
 }  // namespace pith

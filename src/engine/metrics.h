@@ -4,9 +4,9 @@
 
 #include <chrono>
 
+#include "core/file.h"
 #include "core/tensor.h"
 #include "engine/run_config.h"
-#include "engine/tfevents.h"
 
 namespace pith {
 
@@ -15,11 +15,6 @@ namespace pith {
 // added, which no barrier and little other load can spoil. About 0.1 s; not counted in
 // core/memory.h.
 double measure_peak_flops(DType dtype);
-
-struct LayerLoad {
-  int layer = 0;   // decoder layer
-  double max = 0;  // tokens of its busiest expert / mean over its experts
-};
 
 struct StepMetrics {
   int64_t step = 0;              // updates done, this one included
@@ -33,7 +28,9 @@ struct StepMetrics {
   double sol = 0;      // time of the necessary matmuls and attention at measured peak / step time
   double peak_gb = 0;  // 1e9 bytes
   double seconds = 0;  // of the step
-  std::vector<LayerLoad> load;  // one per MoE layer; load_max is the largest of them
+  // By decoder layer of each MoE layer: tokens of its busiest expert / mean over its experts;
+  // load_max is the largest of them.
+  std::map<int, double> load;
 };
 
 // "step 200/4096  loss 3.2147  ...  load_max 1.9@L07  eta 52m", then "  validation_loss 3.1000"
@@ -43,21 +40,25 @@ std::string step_line(const StepMetrics& m, int64_t total_steps, double eta_seco
 // One JSON object without the line end; reals round-trip, a non-finite number is null.
 std::string step_json(const StepMetrics& m);
 
+// A TensorBoard event: a step's scalars by name, stamped with the current time, as a record of an
+// event file. Any float is allowed. Formats: TFRecord (tensorflow/core/lib/io/record_writer.h),
+// event.proto and summary.proto of TensorFlow.
+std::string scalar_event(int64_t step, std::span<const std::pair<std::string, float>> scalars);
+
 class Metrics {
  public:
   // Continues OUT/metrics.jsonl after update `done_steps`: lines of later updates and half-written
-  // ones are dropped, atomically. TensorBoard events go to a new file in OUT/tensorboard/. OUT must
-  // exist.
+  // ones are dropped, atomically. TensorBoard events go to a new file,
+  // OUT/tensorboard/events.out.tfevents.<time>.<host>.<pid>. OUT must exist.
   Metrics(const RunConfig& run, int64_t done_steps);
 
-  // Prints the line, whose eta is that of the run's last update, and appends to both files; a line
-  // of metrics.jsonl is one write.
+  // Prints the line, whose eta is that of the run's last update, and appends to both files, a line
+  // or an event in one write.
   void log(const StepMetrics& m);
 
  private:
   const TrainConfig train_;
-  OutputFile json_;
-  EventFile events_;
+  OutputFile json_, events_;
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
   int64_t logged_ = 0;  // since then
 };

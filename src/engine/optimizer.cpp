@@ -1,22 +1,23 @@
 #include "engine/optimizer.h"
 
+#include <numbers>
+
 #include "ops/optimizer.h"
 
 namespace pith {
-namespace {
 
-Tensor elements(const Tensor& t, int64_t begin, int64_t end) {
+static Tensor elements(const Tensor& t, int64_t begin, int64_t end) {
   return t.reshape({t.numel()}).row_range(begin, end);
 }
 
 // Muon needs matrices; a piece of rank 3 is a batch of them.
-bool muon_fits(const Param& p) {
+static bool muon_fits(const Param& p) {
   const auto matrices = [](const Piece& s) { return s.shape.rank() == 2 || s.shape.rank() == 3; };
   return p.role == Role::matrix && std::ranges::all_of(p.pieces, matrices);
 }
 
 // Consecutive pieces of one shape, such as gate and up of every expert, are one batch of matrices.
-void update_by_muon(Tape& tape, const Muon& rule, const Param& p, const Tensor& momentum) {
+static void update_by_muon(Tape& tape, const Muon& rule, const Param& p, const Tensor& momentum) {
   for (size_t i = 0, next; i < p.pieces.size(); i = next) {
     const Shape& s = p.pieces[i].shape;
     for (next = i; next < p.pieces.size() && p.pieces[next].shape == s;) ++next;
@@ -29,49 +30,57 @@ void update_by_muon(Tape& tape, const Muon& rule, const Param& p, const Tensor& 
   }
 }
 
-}  // namespace
+double learning_rate(const OptimizerConfig& optimizer, int64_t total_steps, int64_t step) {
+  const double lr = optimizer.lr, final_lr = optimizer.final_lr;
+  const std::string& schedule = optimizer.schedule;
+  const int64_t warmup = std::llround(optimizer.warmup_ratio * double(total_steps));
+  const int64_t decay = std::llround(optimizer.decay_ratio * double(total_steps));
+  step = std::min(step, total_steps);
+  if (step <= warmup) return lr * double(step) / double(warmup);
+  if (schedule == "constant") return lr;
+
+  // The falling part is updates begin + 1 to total_steps.
+  const int64_t begin = schedule == "wsd" ? total_steps - decay : warmup;
+  if (step <= begin) return lr;
+  const double t = double(step - begin) / double(total_steps - begin);
+  if (schedule == "linear") return final_lr + (lr - final_lr) * (1 - t);
+  if (schedule == "wsd" || schedule == "cosine")
+    return final_lr + (lr - final_lr) * (1 + std::cos(std::numbers::pi * t)) / 2;
+  fail_input("optimizer.schedule = \"{}\": expected wsd | cosine | linear | constant", schedule);
+}
 
 Optimizer::Optimizer(ParamSet& params, const RunConfig& run, Context& context)
     : params_(params), rule_(run.optimizer), context_(context) {
   for (const auto& p : params_) {
     if (!p->trained()) continue;
-    const auto moment = [&](const char* name) {
-      return Tensor::zeros(p->shape, p->master.dtype(), p->master.device(), name);
+    const auto add = [&](const char* kind, const char* name) {
+      states_.push_back(
+          {kind, p.get(), Tensor::zeros(p->shape, p->master.dtype(), p->master.device(), name)});
     };
-    if (rule_.name == "muon" && muon_fits(*p))
-      slots_.push_back({p.get(), moment("muon_momentum"), {}});
-    else
-      slots_.push_back({p.get(), moment("adam_m"), moment("adam_v")});
+    const bool muon = rule_.name == "muon" && muon_fits(*p);
+    add(muon ? "momentum" : "m", muon ? "muon_momentum" : "adam_m");
+    if (!muon) add("v", "adam_v");
   }
-}
-
-std::vector<Optimizer::State> Optimizer::states() const {
-  std::vector<State> all;
-  for (const Slot& s : slots_) {
-    all.push_back({s.second ? "m" : "momentum", s.param, s.first});
-    if (s.second) all.push_back({"v", s.param, s.second});
-  }
-  return all;
 }
 
 Optimizer::Norm Optimizer::grad_norm(double labels) {
   Tape tape(context_, false);
   Norm norm;
   double sum = 0;
-  for (Slot& slot : slots_) {
-    Param& p = *slot.param;
-    if (!p.grad_written) p.grad.fill_zero();  // nothing reached it in this step
-    p.grad_written = true;
-    const double squares = sum_of_squares(tape, p.grad);
+  for (const auto& p : params_) {
+    if (!p->trained()) continue;
+    if (!p->grad_written) p->grad.fill_zero();  // nothing reached it in this step
+    p->grad_written = true;
+    const double squares = sum_of_squares(tape, p->grad);
     sum += squares;
     if (std::isfinite(squares) || !norm.finite()) continue;
-    norm.first_bad = p.name;
+    norm.first_bad = p->name;
     const auto is_bad = [&](const Piece& piece) {
       const int64_t end = piece.begin + piece.shape.numel();
-      return !std::isfinite(sum_of_squares(tape, elements(p.grad, piece.begin, end)));
+      return !std::isfinite(sum_of_squares(tape, elements(p->grad, piece.begin, end)));
     };
-    const auto bad = std::ranges::find_if(p.pieces, is_bad);
-    if (bad != p.pieces.end() && bad->name != p.name) norm.first_bad += " (" + bad->name + ")";
+    const auto bad = std::ranges::find_if(p->pieces, is_bad);
+    if (bad != p->pieces.end() && bad->name != p->name) norm.first_bad += " (" + bad->name + ")";
   }
   norm.value = std::sqrt(sum) / labels;
   return norm;
@@ -82,14 +91,14 @@ void Optimizer::update(double lr, int64_t step, const Norm& norm, double labels)
   const double most = rule_.clip_norm > 0 ? rule_.clip_norm / (norm.value + 1e-6) : 1.0;
   const double scale = std::min(1.0, most) / labels;
   Tape tape(context_, false);
-  for (Slot& slot : slots_) {
-    Param& p = *slot.param;
-    const double decay = p.decay ? rule_.weight_decay : 0;
-    if (slot.second)
+  for (size_t i = 0; i < states_.size(); ++i) {
+    const auto& [kind, p, tensor] = states_[i];
+    const double decay = p->decay ? rule_.weight_decay : 0;
+    if (kind == "momentum")
+      update_by_muon(tape, {lr, rule_.momentum, decay, scale}, *p, tensor);
+    else if (kind == "m")
       adamw_update(tape, {lr, rule_.betas[0], rule_.betas[1], rule_.eps, decay, scale, step},
-                   p.grad, slot.first, slot.second, p.master, p.value);
-    else
-      update_by_muon(tape, {lr, rule_.momentum, decay, scale}, p, slot.first);
+                   p->grad, tensor, states_[i + 1].tensor, p->master, p->value);
   }
 }
 

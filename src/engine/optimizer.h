@@ -7,6 +7,18 @@
 
 namespace pith {
 
+// The rate of update s = `step` (1-based) of N = `total_steps`. With W = round(warmup_ratio N),
+// D = round(decay_ratio N) and f(t) falling from lr at t = 0 to final_lr at t = 1:
+//   all       s <= W     lr s / W, so that the first update already counts and update W runs at lr
+//   constant  s > W      lr
+//   wsd       s <= N - D lr, then f((s - N + D) / D)
+//   cosine    s > W      f((s - W) / (N - W))
+//   linear    s > W      f((s - W) / (N - W))
+// f(t) = final_lr + (lr - final_lr) (1 - t) for linear, otherwise (1 + cos(pi t)) / 2 instead of
+// (1 - t). Update N runs at exactly final_lr, unless it belongs to the warm-up or wsd has no decay
+// (D = 0). Updates past N count as N.
+double learning_rate(const OptimizerConfig& optimizer, int64_t total_steps, int64_t step);
+
 class Optimizer {
  public:
   Optimizer(ParamSet& params, const RunConfig& run, Context& context);
@@ -29,17 +41,13 @@ class Optimizer {
     Param* param;
     Tensor tensor;
   };
-  std::vector<State> states() const;
+  const std::vector<State>& states() const { return states_; }
 
  private:
-  struct Slot {
-    Param* param;
-    Tensor first, second;  // AdamW's moments, or Muon's momentum and nothing
-  };
   ParamSet& params_;
   OptimizerConfig rule_;
   Context& context_;
-  std::vector<Slot> slots_;
+  std::vector<State> states_;  // of one parameter after the other; "v" follows "m"
 };
 
 }  // namespace pith

@@ -6,10 +6,8 @@
 
 namespace pith {
 
-namespace {
-
 // Rows [begin, end) of a batch, sharing its memory.
-Batch batch_rows(const Batch& b, int64_t begin, int64_t end) {
+static Batch batch_rows(const Batch& b, int64_t begin, int64_t end) {
   const auto rows = [&](const Tensor& t) {
     return t ? t.row_range(begin * b.sequence, end * b.sequence) : Tensor();
   };
@@ -18,27 +16,25 @@ Batch batch_rows(const Batch& b, int64_t begin, int64_t end) {
 }
 
 // With one expert rank every row is already where its experts are.
-Received stage2_dispatch(const Stage1& s) { return {s.rows, s.ids, s.weights}; }
-Tensor stage4_combine(const Tensor& sums) { return sums; }
+static Received stage2_dispatch(const Stage1& s) { return {s.rows, s.ids, s.weights}; }
+static Tensor stage4_combine(const Tensor& sums) { return sums; }
 
 // The addition itself is left to the norm that opens the next stage.
-Carry stage5_add(const Stage1& s, const Tensor& combined, const Carry& in) {
+static Carry stage5_add(const Stage1& s, const Tensor& combined, const Carry& in) {
   return {s.residual, combined ? combined : s.delta, in.extra};
 }
 
-void leaf(Tape& t, const Carry& c) {
+static void leaf(Tape& t, const Carry& c) {
   t.leaf(c.hidden);
   if (c.delta) t.leaf(c.delta);
   for (const Tensor& e : c.extra) t.leaf(e);
 }
 
-Carry take_grad(Tape& t, const Carry& c) {
+static Carry take_grad(Tape& t, const Carry& c) {
   Carry g{t.take_grad(c.hidden), c.delta ? t.take_grad(c.delta) : Tensor(), {}};
   for (const Tensor& e : c.extra) g.extra.push_back(t.take_grad(e));
   return g;
 }
-
-}  // namespace
 
 struct Pipeline::LayerRecord {
   Tape stage1, stage3;
@@ -59,11 +55,6 @@ struct Pipeline::Record {
 Pipeline::Pipeline(Model& model, Context& context, const TrainConfig& train)
     : model_(model), context_(context), train_(train) {}
 
-Pipeline::Record Pipeline::record(const MicroBatch& mb, WgradQueue* queue) const {
-  const auto tape = [&] { return Tape(context_, queue != nullptr, queue); };
-  return {tape(), tape(), mb};
-}
-
 void Pipeline::forward_layer(Record& r, int64_t layer) {
   LayerRecord& l = r.layers.back();
   leaf(l.stage1, l.in);
@@ -79,20 +70,21 @@ void Pipeline::forward_layer(Record& r, int64_t layer) {
   r.last = stage5_add(l.s1, combined, l.in);
 }
 
-void Pipeline::forward(Record& r) {
-  const auto tape = [&] { return Tape(context_, r.embed.recording(), r.embed.queue); };
+Pipeline::Record Pipeline::forward(const MicroBatch& mb, WgradQueue* queue) {
+  const auto tape = [&] { return Tape(context_, queue != nullptr, queue); };
+  Record r{tape(), tape(), mb};
   r.embedded = r.last = model_.embed(r.embed, r.mb);
   for (int64_t layer = 0; layer < model_.size.layers; ++layer) {
-    if (!r.embed.recording()) r.layers.clear();
+    if (!queue) r.layers.clear();
     r.layers.push_back({tape(), tape(), r.last});
     forward_layer(r, layer);
   }
   leaf(r.head, r.last);
+  return r;
 }
 
 Tensor Pipeline::logits(const MicroBatch& mb) {
-  Record r = record(mb, nullptr);
-  forward(r);
+  Record r = forward(mb, nullptr);
   return model_.logits(r.head, r.last);
 }
 
@@ -100,15 +92,13 @@ Carry Pipeline::backward_layer(Record& r, int64_t layer, Carry d_out) {
   LayerRecord& l = r.layers[layer];
   l.stage1.set_grad(l.s1.residual, d_out.hidden);
   for (size_t i = 0; i < l.in.extra.size(); ++i) l.stage1.set_grad(l.in.extra[i], d_out.extra[i]);
-  if (l.s1.rows) {
-    l.stage3.set_grad(std::exchange(l.sums, {}), d_out.delta);
-    d_out = {};
+  const bool moe = bool(l.s1.rows);
+  (moe ? l.stage3 : l.stage1).set_grad(moe ? std::exchange(l.sums, {}) : l.s1.delta, d_out.delta);
+  d_out = {};
+  if (moe) {
     l.stage3.backward();
     l.stage1.set_grad(l.s1.rows, l.stage3.take_grad(l.received.rows));
     l.stage1.set_grad(l.s1.weights, l.stage3.take_grad(l.received.weights));
-  } else {
-    l.stage1.set_grad(l.s1.delta, d_out.delta);
-    d_out = {};
   }
   l.s1 = {};
   l.received = {};
@@ -145,15 +135,13 @@ StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<
   if (trace) sums.trace.resize(size_t(micro_batches));
   for (int64_t m = 0; m < micro_batches; ++m) {
     const int64_t slot = m % train_.wgrad_micro_batches;
-    Record r = record({batch_rows(batch, m * size, (m + 1) * size), sums.labels,
-                       double(batch.batch * batch.sequence), double(micro_batches)},
-                      &queues_[size_t(slot)]);
-    r.mb.statistics = &sums.statistics;
-    if (trace) r.mb.trace = &sums.trace[size_t(m)];
+    MicroBatch mb{batch_rows(batch, m * size, (m + 1) * size), sums.labels,
+                  double(batch.batch * batch.sequence), double(micro_batches), &sums.statistics};
+    if (trace) mb.trace = &sums.trace[size_t(m)];
     for (const Tensor& ids : replay)
-      r.mb.replay.push_back(ids.row_range(m * tokens, (m + 1) * tokens));
-    forward(r);
-    r.loss = model_.head_loss(r.head, r.last, r.mb, nullptr);
+      mb.replay.push_back(ids.row_range(m * tokens, (m + 1) * tokens));
+    Record r = forward(mb, &queues_[size_t(slot)]);
+    r.loss = model_.head_loss(r.head, r.last, r.mb);
     sums.loss += value_of(r.loss);
     backward(r);
     if (slot == train_.wgrad_micro_batches - 1 || m == micro_batches - 1) flush();
@@ -165,9 +153,8 @@ StepSums Pipeline::evaluate(const Batch& batch) {
   StepSums sums{.labels = double(batch.label_count)};
   for (int64_t row = 0; row < batch.batch; row += train_.micro_batch_size) {
     const int64_t end = std::min(batch.batch, row + train_.micro_batch_size);
-    Record r = record({batch_rows(batch, row, end)}, nullptr);
-    forward(r);
-    sums.loss += value_of(model_.head_loss(r.head, r.last, r.mb, nullptr));
+    Record r = forward({batch_rows(batch, row, end)}, nullptr);
+    sums.loss += value_of(model_.head_loss(r.head, r.last, r.mb));
   }
   return sums;
 }

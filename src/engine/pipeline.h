@@ -33,8 +33,7 @@ class Pipeline {
  private:
   struct LayerRecord;
   struct Record;  // what the forward of a micro-batch keeps for its backward
-  Record record(const MicroBatch& mb, WgradQueue* queue) const;  // nullptr: forward only
-  void forward(Record& r);
+  Record forward(const MicroBatch& mb, WgradQueue* queue);  // nullptr: forward only
   void backward(Record& r);
   void forward_layer(Record& r, int64_t layer);
   Carry backward_layer(Record& r, int64_t layer, Carry d_out);

@@ -14,14 +14,30 @@ ModelOptions model_options(const RunConfig& run, Device device) {
       .balance = {b.loss, b.coefficient, b.z_loss, b.bias_update_rate, run.train.force_balance}};
 }
 
+// What makes up the peak, largest first.
+static std::string peak_table(size_t peak) {
+  std::string out = fmt::format("{:<24} {:>7} {:>12}\n", "memory at the peak", "count", "MB");
+  const auto row = [&](const std::string& name, const std::string& count, size_t bytes) {
+    out += fmt::format("  {:<22} {:>7} {:>12.2f}\n", name, count, double(bytes) / 1e6);
+  };
+  size_t other = 0;
+  for (const memory::Line& line : memory::planned_peak()) {
+    if (line.bytes * 200 < peak)
+      other += line.bytes;
+    else
+      row(line.name, std::to_string(line.count), line.bytes);
+  }
+  row("everything smaller", "", other);
+  row("peak", "", peak);
+  return out;
+}
+
 Plan make_plan(const RunConfig& run) {
   memory::reset_peak(Device::meta);
   Context context{.device = Device::meta, .dtype = parse_dtype(run.dtype)};
   const auto model = make_model(read_model_config(run.model), model_options(run, Device::meta));
   Optimizer optimizer(model->params, run, context);
-  Plan plan;
-  plan.static_bytes = memory::live(Device::meta);
-  plan.parameters = model->params.trained_elements();
+  const size_t static_bytes = memory::live(Device::meta);
   Pipeline pipeline(*model, context, run.train);
   std::vector<Tensor> copies;  // of a save in the background, alive through the next steps
   if (run.checkpoint.background && run.checkpoint.every > 0) {
@@ -33,29 +49,13 @@ Plan make_plan(const RunConfig& run) {
   const Tensor starts = run.data.document_mask ? ids() : Tensor();
   const Batch batch{ids(), ids(), ids(), starts, rows, run.data.sequence_length, tokens};
   pipeline.train_step(batch, !run.trace.routing.empty());
-  plan.step_flops = context.total.flops;
+  const double step_flops = context.total.flops;
   optimizer.update(run.optimizer.lr, 1, optimizer.grad_norm(double(tokens)), double(tokens));
-  plan.peak_bytes = memory::peak(Device::meta);
-  plan.lines = memory::planned_peak();
-  return plan;
-}
-
-std::string Plan::table() const {
-  std::string out = fmt::format("{:<24} {:>7} {:>12}\n", "memory at the peak", "count", "MB");
-  const auto row = [&](const std::string& name, const std::string& count, size_t bytes) {
-    out += fmt::format("  {:<22} {:>7} {:>12.2f}\n", name, count, double(bytes) / 1e6);
-  };
-  size_t other = 0;
-  for (const memory::Line& line : lines) {
-    if (line.bytes * 200 < peak_bytes)
-      other += line.bytes;
-    else
-      row(line.name, std::to_string(line.count), line.bytes);
-  }
-  row("everything smaller", "", other);
-  row("peak", "", peak_bytes);
-  return out + fmt::format("parameters {:.3f} M, static {:.2f} MB, {:.3f} TFLOP per step\n",
-                           double(parameters) / 1e6, double(static_bytes) / 1e6, step_flops / 1e12);
+  const size_t peak = memory::peak(Device::meta);
+  return {peak, peak_table(peak) +
+                    fmt::format("parameters {:.3f} M, static {:.2f} MB, {:.3f} TFLOP per step\n",
+                                double(model->params.trained_elements()) / 1e6,
+                                double(static_bytes) / 1e6, step_flops / 1e12)};
 }
 
 }  // namespace pith

@@ -8,12 +8,11 @@
 namespace pith {
 
 struct Plan {
-  size_t peak_bytes = 0;            // high-water mark of a step, workspaces included
-  size_t static_bytes = 0;          // weights, masters, gradients, moments, tables
-  std::vector<memory::Line> lines;  // what makes up the peak, largest first
-  double step_flops = 0;            // matrix multiplications and attention, forward and backward
-  int64_t parameters = 0;
-  std::string table() const;
+  size_t peak_bytes;  // high-water mark of a step, workspaces included
+  // What makes up the peak, by name; parameters that are trained; static: weights, masters,
+  // gradients, moments and tables; FLOP of matrix multiplications and attention, forward and
+  // backward.
+  std::string table;
 };
 
 ModelOptions model_options(const RunConfig& run, Device device);  // of a training run

@@ -13,13 +13,12 @@ struct Rule {
   const char* expected = "a finite number";
 };
 constexpr double kLargest = 2e9;  // of any count: the product of two stays inside int64
-constexpr double kBelowOne = 1 - 1e-12;
 constexpr Rule kAny;
 constexpr Rule kPositive{"", 1, kLargest, "an integer from 1 to 2000000000"};
 constexpr Rule kCount{"", 0, kLargest, "an integer from 0 to 2000000000"};
 constexpr Rule kAmount{"", 0, 1e30, "a finite number, 0 or more"};
 constexpr Rule kRatio{"", 0, 1, "a number from 0 to 1"};
-constexpr Rule kDecay{"", 0, kBelowOne, "a number, 0 or more and below 1"};
+constexpr Rule kDecay{"", 0, 1 - 1e-12, "a number, 0 or more and below 1"};
 
 // Every key, once: f(dotted name, member, rule). Reading, printing, checking and suggestions all go
 // through here.
@@ -126,20 +125,12 @@ std::string section_of(const std::string& key) {
 }
 std::string name_in_section(const std::string& key) { return key.substr(key.find('.') + 1); }
 
-std::vector<std::string> known_keys() {
-  std::vector<std::string> keys;
-  for_each_key(RunConfig(), [&](const char* key, auto&, const Rule&) { keys.emplace_back(key); });
-  return keys;
-}
-
 // How long a stretch of the longer one is left after what both begin and end with.
 size_t difference(std::string_view a, std::string_view b) {
-  const size_t longest = std::max(a.size(), b.size());
   const auto front = std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin();
-  a.remove_prefix(size_t(front));
-  b.remove_prefix(size_t(front));
-  const auto back = std::mismatch(a.rbegin(), a.rend(), b.rbegin(), b.rend()).first - a.rbegin();
-  return longest - size_t(front + back);
+  const auto back =
+      std::mismatch(a.rbegin(), a.rend() - front, b.rbegin(), b.rend() - front).first - a.rbegin();
+  return std::max(a.size(), b.size()) - size_t(front + back);
 }
 
 // "did you mean train.steps?", else what there is at this level.
@@ -147,27 +138,26 @@ std::string suggestion(const std::string& key) {
   const std::string section = section_of(key), name = name_in_section(key);
   std::string best, level;
   size_t least = std::max<size_t>(2, name.size() / 3) + 1;
-  for (const std::string& k : known_keys()) {
+  for_each_key(RunConfig(), [&](const std::string& k, auto&, const Rule&) {
     const bool here = section_of(k) == section;
     const size_t d = std::min(difference(key, k), difference(name, name_in_section(k)) + !here);
     if (d < least) best = k;
     least = std::min(d, least);
     const std::string item = " " + (here ? name_in_section(k) : section_of(k));
     if ((here || section.empty()) && !level.ends_with(item)) level += item;
-  }
+  });
   return best.empty() ? "known here:" + level : "did you mean " + best + "?";
 }
 
-using Found = std::map<std::string, Value>;  // by dotted key
+using Found = std::map<std::string, Value>;  // every dotted key; null where nothing was found
 
 // Puts the known keys of `v`, which stands under `key` ("" for a whole file), in place of what was
 // found before.
 void collect(const Value& v, const std::string& key, Found& found) {
-  const std::vector<std::string> known = known_keys();
   const std::string prefix = key.empty() ? "" : key + ".";
-  if (std::ranges::count(known, key))
+  if (found.contains(key))
     found[key] = v;
-  else if (std::ranges::none_of(known, [&](auto& k) { return k.starts_with(prefix); }))
+  else if (std::ranges::none_of(found, [&](auto& k) { return k.first.starts_with(prefix); }))
     fail_input("{}: unknown key; {}", v.where(), suggestion(key));
   else if (!v.is(Value::Kind::object))
     v.reject(fmt::format("a section, [{}]", key));
@@ -268,12 +258,13 @@ std::string RunConfig::to_toml() const {
 }
 
 RunConfig load_run_config(const std::string& path, const std::vector<std::string>& overrides) {
+  RunConfig config;
   Found found;
+  for_each_key(config, [&](const char* key, auto&, const Rule&) { found[key]; });
   collect(parse_toml(read_file(path), path), "", found);
   for (const std::string& text : overrides) collect(parse_override(text), "", found);
-  RunConfig config;
   for_each_key(config, [&](const char* key, auto& member, const Rule&) {
-    if (found.count(key)) get(found[key], member);
+    if (!found[key].is_null()) get(found[key], member);
   });
   try {
     check(config);

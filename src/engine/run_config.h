@@ -28,7 +28,6 @@ struct TrainConfig {
   bool force_balance = false;       // benchmarks: ids dealt out evenly, whatever the router says
   std::vector<std::string> recompute;
 
-  int64_t micro_batches() const { return global_batch_size / micro_batch_size; }
   int64_t last_step() const { return stop_after > 0 ? std::min(stop_after, steps) : steps; }
 };
 
@@ -36,7 +35,7 @@ struct OptimizerConfig {
   std::string name = "adamw";  // adamw | muon
   double lr = 3e-4;
   double final_lr = 3e-5;
-  std::string schedule = "wsd";  // wsd | cosine | linear | constant (engine/lr.h)
+  std::string schedule = "wsd";  // wsd | cosine | linear | constant (engine/optimizer.h)
   double warmup_ratio = 0.03;    // of train.steps
   double decay_ratio = 0.1;      // of train.steps; wsd only
   std::array<double, 2> betas = {0.9, 0.95};

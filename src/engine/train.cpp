@@ -4,9 +4,7 @@
 #include <csignal>
 #include <filesystem>
 
-#include "core/profile.h"
 #include "engine/checkpoint.h"
-#include "engine/lr.h"
 #include "engine/metrics.h"
 #include "engine/plan.h"
 #include "engine/trace.h"
@@ -31,15 +29,14 @@ double mean_statistic(const StepSums& sums, const char* name, double count) {
 }
 
 // Per MoE layer: tokens of the busiest expert over the mean.
-std::vector<LayerLoad> expert_load(const StepSums& sums, const Model& model) {
-  std::vector<LayerLoad> load;
-  if (!sums.statistics.contains("expert_count")) return load;
-  const std::vector<double> counts = sums.statistics.at("expert_count").to_vector<double>();
-  const size_t experts = size_t(model.size.experts);
+std::map<int, double> expert_load(const StepSums& sums, const Model& model) {
+  std::map<int, double> load;
   for (const int64_t layer : model.moe_layers) {
-    const auto row = std::span(counts).subspan(load.size() * experts, experts);
-    const double total = std::accumulate(row.begin(), row.end(), 0.0);
-    load.push_back({int(layer), total > 0 ? std::ranges::max(row) * double(experts) / total : 0});
+    const auto row = int64_t(load.size());
+    const auto counts =
+        sums.statistics.at("expert_count").row_range(row, row + 1).to_vector<double>();
+    const double total = std::accumulate(counts.begin(), counts.end(), 0.0);
+    load[int(layer)] = total > 0 ? std::ranges::max(counts) * double(counts.size()) / total : 0;
   }
   return load;
 }
@@ -107,8 +104,7 @@ struct Trainer {
     const auto begin = std::chrono::steady_clock::now();
     const int64_t rows = run.train.global_batch_size;
     std::vector<OpEvent> events;
-    const bool profiled = std::ranges::count(run.profile.steps, step) > 0;
-    context.timeline = profiled ? &events : nullptr;
+    if (std::ranges::count(run.profile.steps, step) > 0) context.timeline = &events;
     context.total = {};
     const Batch batch = loader.batch((step - 1) * rows, rows);
     std::vector<Tensor> replay;
@@ -126,18 +122,18 @@ struct Trainer {
     optimizer.update(m.lr, step, norm, sums.labels);
     model->after_step(sums.statistics);
     if (!run.trace.routing.empty()) write_routing_trace(run.trace.routing, step, sums, batch);
-    if (profiled) {
+    if (context.timeline) {
       make_directory(run.out + "/profile");
       write_chrome_trace(fmt::format("{}/profile/step-{:08d}.json", run.out, step), events);
       context.timeline = nullptr;  // `events` ends here, validation may follow
     }
 
     const double tokens = double(batch.batch * batch.sequence),
+                 micro_batches = double(rows / run.train.micro_batch_size),
                  layers = double(model->size.moe_layers);
     m.step = step;
     m.loss = sums.loss / sums.labels;
-    m.balance_loss =
-        mean_statistic(sums, "balance_loss", double(run.train.micro_batches()) * layers);
+    m.balance_loss = mean_statistic(sums, "balance_loss", micro_batches * layers);
     if (run.balance.z_loss != 0) m.z_loss = mean_statistic(sums, "z_loss", tokens * layers);
     m.grad_norm = norm.value;
     m.seconds = seconds_since(begin);
@@ -158,7 +154,7 @@ void train(const RunConfig& run) {
   if (!run.trace.routing.empty()) make_directory(run.trace.routing);
   const RunLock lock(run.out);
   open_log(run.out + "/logs/rank-0.log");
-  say(stderr, plan.table());
+  say(stderr, plan.table);
   Trainer trainer{run};
   // As the C library's signal() does it, system calls of a save under way go on.
   for (int s : {SIGTERM, SIGUSR1, SIGINT}) std::signal(s, request_stop);
@@ -177,7 +173,7 @@ void train(const RunConfig& run) {
     if (trainer.validation && (due(run.eval.every) || step == steps))
       m.validation_loss = trainer.validation_loss();
     metrics.log(m);
-    if (due(run.checkpoint.every) || step == last) trainer.checkpoints.save(saved = step);
+    if (due(run.checkpoint.every)) trainer.checkpoints.save(saved = step);
   }
   if (saved != step) trainer.checkpoints.save(step);
   trainer.checkpoints.finish();

@@ -80,7 +80,7 @@ class Model {
                                          MicroBatch& mb) = 0;
   virtual Tensor stage3_experts(Tape& t, int64_t layer, const Received& in) = 0;
   // The sum over the labels, wide [1].
-  virtual Tensor head_loss(Tape& t, const Carry& in, MicroBatch& mb, Tensor* token_loss) = 0;
+  virtual Tensor head_loss(Tape& t, const Carry& in, MicroBatch& mb) = 0;
   virtual Tensor logits(Tape& t, const Carry& in) = 0;  // wide [T, V]
 
   // Once per applied update: state that is not trained (router bias, expert fractions) from the

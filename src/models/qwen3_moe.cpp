@@ -100,11 +100,9 @@ class Qwen3Moe : public Model {
     return sum_rows(t, grouped_linear(t, act_NI, *w.down, order.offsets), order);
   }
 
-  Tensor head_loss(Tape& t, const Carry& in, MicroBatch& mb, Tensor* token_loss) override {
+  Tensor head_loss(Tape& t, const Carry& in, MicroBatch& mb) override {
     Tensor x_TH = add_rms_norm(t, in.hidden, in.delta, *final_norm_, eps_).y;
-    HeadLoss loss = pith::head_loss(t, x_TH, *lm_head_, mb.labels);
-    if (token_loss) *token_loss = loss.token_loss;
-    return loss.sum;
+    return pith::head_loss(t, x_TH, *lm_head_, mb.labels).sum;
   }
 
   Tensor logits(Tape& t, const Carry& in) override {

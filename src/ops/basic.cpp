@@ -162,8 +162,6 @@ Shape with_rows(const Tensor& x, int64_t rows) {
   return Shape(std::span<const int64_t>(dims));
 }
 
-constexpr auto kOne = [](auto x, auto) { return decltype(x)(1); };
-
 }  // namespace
 
 Tensor add(Tape& tape, const Tensor& a, const Tensor& b, Loc at) {
@@ -210,41 +208,10 @@ Tensor silu(Tape& tape, const Tensor& x, Loc at) {
   });
 }
 
-Tensor tanh(Tape& tape, const Tensor& x, Loc at) {
-  return unary(tape, "tanh", x, at, [](auto v) {
-    const auto y = std::tanh(v);
-    return tuple(y, 1 - y * y);
-  });
-}
-
-Tensor square(Tape& tape, const Tensor& x, Loc at) {
-  return unary(tape, "square", x, at, [](auto v) { return tuple(v * v, 2 * v); });
-}
-
-Tensor softmax(Tape& tape, const Tensor& x, Loc at) {
-  Op op(tape, "softmax", at, {{"x", x}});
-  Tensor y = op.output("softmax", x.shape(), x.dtype());
-  const int64_t rows = x.rows(), cols = row_size(x), n = x.numel();
-  std::vector<double> top(size_t(rows), -HUGE_VAL), sum(size_t(rows), 0);
-  write(op, {y}, 2.0 * x.nbytes(), n, {}, [&](auto z) {
-    using T = decltype(z);
-    const auto in = values<T>(x);
-    const auto e = [&, in, cols](int64_t i) { return std::exp(in(i)-Acc<T>(top[i / cols])); };
-    for (int64_t i = 0; i < n; ++i) top[i / cols] = std::max(top[i / cols], double(in(i)));
-    for (int64_t i = 0; i < n; ++i) sum[i / cols] += e(i);
-    return [&, e, cols](int64_t i) { return e(i) / sum[i / cols]; };
-  });
-  op.backward([=](Op& op) {
-    const Tensor dy = op.grad(y);
-    std::vector<double> dot(size_t(rows), 0);
-    write(op, op.accumulate(x), 3.0 * x.nbytes(), n, {}, [&](auto z) {
-      using T = decltype(z);
-      const auto p = values<T>(y), g = values<T>(dy);
-      for (int64_t i = 0; i < n; ++i) dot[i / cols] += double(g(i)) * double(p(i));
-      return [=, &dot](int64_t i) { return p(i) * Acc<T>(g(i) - dot[i / cols]); };
-    });
-  });
-  return y;
+Tensor softmax(Tape& t, const Tensor& x, Loc at) {
+  // The same for every row minus its largest, which keeps exp from overflowing.
+  const Tensor top = gather_cols(t, x, top_k(t, x, 1, at), at), e = exp(t, sub(t, x, top, at), at);
+  return div(t, e, sum_cols(t, e, at), at);
 }
 
 Tensor sum_cols(Tape& tape, const Tensor& x, Loc at) {

@@ -16,8 +16,6 @@ Tensor exp(Tape&, const Tensor& x, Loc at = Loc::current());
 Tensor log(Tape&, const Tensor& x, Loc at = Loc::current());
 Tensor sigmoid(Tape&, const Tensor& x, Loc at = Loc::current());
 Tensor silu(Tape&, const Tensor& x, Loc at = Loc::current());
-Tensor tanh(Tape&, const Tensor& x, Loc at = Loc::current());
-Tensor square(Tape&, const Tensor& x, Loc at = Loc::current());
 Tensor softmax(Tape&, const Tensor& x, Loc at = Loc::current());   // over columns
 Tensor sum_cols(Tape&, const Tensor& x, Loc at = Loc::current());  // [rows, cols] -> [rows, 1]
 Tensor sum_rows_to_one(Tape&, const Tensor& x,

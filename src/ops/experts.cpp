@@ -3,18 +3,16 @@
 #include "ops/simd.h"
 
 namespace pith {
-namespace {
-
 using cpu::Acc;
 
 // How many rows of a matrix of pairs carry data; the rest are zero. Without an order it is all of
 // them.
-int64_t pairs_in_use(const ExpertOrder& order, const Tensor& rows) {
+static int64_t pairs_in_use(const ExpertOrder& order, const Tensor& rows) {
   return order.offsets ? order.offsets.data<int32_t>()[order.offsets.numel() - 1] : rows.dim(0);
 }
 
 // The order as order_by_expert makes it, and x a matrix of so many rows.
-void check_order(const Op& op, const ExpertOrder& order, const Tensor& x, int64_t rows) {
+static void check_order(const Op& op, const ExpertOrder& order, const Tensor& x, int64_t rows) {
   op.require(order.pairs.rank() == 2 && order.slots.rank() == 1 &&
                  order.slots.dim(0) == order.pairs.numel(),
              "pairs must be [T, K] and slots [T K]");
@@ -24,7 +22,8 @@ void check_order(const Op& op, const ExpertOrder& order, const Tensor& x, int64_
 
 // y[pair] = x[row of the pair]; a row is read once and lands in its K places. Unused pairs become
 // zero.
-template <class T> void spread(const Tensor& x, const ExpertOrder& order, Tensor y, bool add) {
+template <class T>
+static void spread(const Tensor& x, const ExpertOrder& order, Tensor y, bool add) {
   const int64_t slots = order.pairs.dim(1), width = x.dim(1);
   const int32_t* pairs = order.pairs.data<int32_t>();
   const T* from = x.data<T>();
@@ -39,7 +38,8 @@ template <class T> void spread(const Tensor& x, const ExpertOrder& order, Tensor
 
 // x[row] = sum of y over the row's pairs, in slot order; one block of columns at a time stays in
 // registers.
-template <class T> void collect(const Tensor& y, const ExpertOrder& order, Tensor x, bool add) {
+template <class T>
+static void collect(const Tensor& y, const ExpertOrder& order, Tensor x, bool add) {
   constexpr int64_t kBlock = 64;
   const int64_t slots = order.pairs.dim(1), width = x.dim(1);
   const int32_t* pairs = order.pairs.data<int32_t>();
@@ -60,8 +60,8 @@ template <class T> void collect(const Tensor& y, const ExpertOrder& order, Tenso
 }
 
 // gather: spread; else collect. Each is the other's backward.
-Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const ExpertOrder& order,
-                 bool gather, Loc at) {
+static Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const ExpertOrder& order,
+                        bool gather, Loc at) {
   Op op(tape, name, at, {{"from", from}, {"pairs", order.pairs}, {"slots", order.slots}});
   const int64_t rows = order.pairs.dim(0), pairs = order.slots.dim(0);
   check_order(op, order, from, gather ? rows : pairs);
@@ -82,7 +82,7 @@ Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const ExpertO
 
 // f(gate and up, weight, its slot) for every pair in use; without weights 1 and any slot.
 template <class T, class F>
-void for_pairs(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order, F f) {
+static void for_pairs(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order, F f) {
   using A = Acc<T>;
   const A* weight_of = weights ? weights.data<A>() : nullptr;
   const int32_t* slots = weights ? order.slots.data<int32_t>() : nullptr;
@@ -92,8 +92,8 @@ void for_pairs(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& 
 }
 
 template <class T>
-void swiglu_forward(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
-                    Tensor y) {
+static void swiglu_forward(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
+                           Tensor y) {
   using A = Acc<T>;
   const int64_t width = y.dim(1), used = pairs_in_use(order, y);
   const T* from = gate_up.data<T>();
@@ -110,8 +110,8 @@ void swiglu_forward(const Tensor& gate_up, const Tensor& weights, const ExpertOr
 // With s = sigmoid(g): silu'(g) = s + g s (1 - s). dweights may be empty. kAdd is a template
 // argument because the loop would not vectorize with a choice in it.
 template <class T, bool kAdd>
-void swiglu_backward(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
-                     const Tensor& dy, Tensor d, Tensor dweights) {
+static void swiglu_backward(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
+                            const Tensor& dy, Tensor d, Tensor dweights) {
   using A = Acc<T>;
   const int64_t width = dy.dim(1), used = pairs_in_use(order, dy);
   A* dweight_of = dweights ? dweights.data<A>() : nullptr;
@@ -133,8 +133,6 @@ void swiglu_backward(const Tensor& gate_up, const Tensor& weights, const ExpertO
   });
   if (!kAdd) d.row_range(used, d.dim(0)).fill_zero();
 }
-
-}  // namespace
 
 void check_expert_ids(const Tensor& ids, int64_t experts) {
   const int32_t* p = ids.data<int32_t>();

@@ -5,9 +5,7 @@
 #include <dnnl.hpp>
 
 namespace pith::cpu {
-namespace {
-
-dnnl::memory::desc describe(int64_t rows, int64_t cols, bool transposed, DType t) {
+static dnnl::memory::desc describe(int64_t rows, int64_t cols, bool transposed, DType t) {
   using Memory = dnnl::memory;
   return {{rows, cols},
           t == DType::bf16 ? Memory::data_type::bf16 : Memory::data_type::f32,
@@ -17,8 +15,8 @@ dnnl::memory::desc describe(int64_t rows, int64_t cols, bool transposed, DType t
 // The dimension that follows the data (rows of a micro-batch or of an expert: M, and K of a weight
 // gradient) is left open, so that oneDNN finds the primitive in its cache: making one takes longer
 // than running it. Scratch memory is kept from call to call.
-void bf16_gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const void* a,
-               const void* b, void* c, DType out, bool add) {
+static void bf16_gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const void* a,
+                      const void* b, void* c, DType out, bool add) {
   static const dnnl::engine engine(dnnl::engine::kind::cpu, 0);
   static thread_local dnnl::stream stream(engine);
   static thread_local std::vector<std::byte> scratch;
@@ -43,8 +41,6 @@ void bf16_gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, cons
                {DNNL_ARG_DST, memory(describe(m, n, false, out), c)},
                {DNNL_ARG_SCRATCHPAD, memory(plan.scratchpad_desc(), scratch.data())}});
 }
-
-}  // namespace
 
 void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const void* a, const void* b,
           DType in, void* c, DType out, bool add) {

@@ -3,8 +3,6 @@
 #include "ops/simd.h"
 
 namespace pith {
-namespace {
-
 using cpu::Acc;
 
 // Rows per partial sum of the weight gradient: fixed, so that the result does not depend on the
@@ -12,8 +10,8 @@ using cpu::Acc;
 constexpr int64_t kPartRows = 64;
 
 template <class T>
-void forward(const Tensor& x, const Tensor& delta, const Tensor& w, AddNorm& out, Tensor& rstd,
-             float eps) {
+static void forward(const Tensor& x, const Tensor& delta, const Tensor& w, AddNorm& out,
+                    Tensor& rstd, float eps) {
   using A = Acc<T>;
   const int64_t h = x.dim(1);
   const T *in = x.data<T>(), *added = delta ? delta.data<T>() : nullptr, *weight = w.data<T>();
@@ -36,8 +34,8 @@ void forward(const Tensor& x, const Tensor& delta, const Tensor& w, AddNorm& out
 // With n = x rstd and dn = dy w: the gradient of x, here the sum, and of everything added to it is
 // rstd (dn - n mean(dn n)) + dsum; dw += dy n, one row of `parts` for every kPartRows.
 template <class T>
-void backward(const Tensor& x, const Tensor& dy, const Tensor& dsum, const Tensor& w,
-              const Tensor& rstd, std::span<Op::Into> grads, Tensor& parts) {
+static void backward(const Tensor& x, const Tensor& dy, const Tensor& dsum, const Tensor& w,
+                     const Tensor& rstd, std::span<Op::Into> grads, Tensor& parts) {
   using A = Acc<T>;
   const int64_t h = x.dim(1);
   cpu::parallel_rows(parts.dim(0), kPartRows * h, [&](int64_t part) {
@@ -63,8 +61,6 @@ void backward(const Tensor& x, const Tensor& dy, const Tensor& dsum, const Tenso
     }
   });
 }
-
-}  // namespace
 
 AddNorm add_rms_norm(Tape& tape, const Tensor& x, const Tensor& delta, Param& w, float eps,
                      Loc at) {

@@ -4,12 +4,10 @@
 #include "ops/simd.h"
 
 namespace pith {
-namespace {
-
 using Score = RouterRule::Score;
 
 // out = softmax(x); returns logsumexp(x). A NaN anywhere makes everything NaN.
-template <class A> A softmax_row(const A* x, A* out, int64_t n) {
+template <class A> static A softmax_row(const A* x, A* out, int64_t n) {
   A high = x[0];
   const A sum = cpu::exp_row(x, out, n, high);
   const A inverse = A(1) / sum;
@@ -19,8 +17,8 @@ template <class A> A softmax_row(const A* x, A* out, int64_t n) {
 
 // The ids of the rule.top_k best experts, best first; of equals the lower id wins.
 template <class A>
-void choose(const RouterRule& rule, const A* logits, const A* scores, const A* bias,
-            int64_t experts, int32_t* ids) {
+static void choose(const RouterRule& rule, const A* logits, const A* scores, const A* bias,
+                   int64_t experts, int32_t* ids) {
   // Logits tell apart what softmax rounds to one score; biases are about scores.
   const A* key = rule.score == Score::softmax_after_top_k && !bias ? logits : scores;
   const auto better = [=](int64_t a, int64_t b) {
@@ -38,27 +36,27 @@ void choose(const RouterRule& rule, const A* logits, const A* scores, const A* b
 }
 
 // A softmax over the chosen logits is the softmax over all, renormalized.
-bool is_normalized(const RouterRule& rule) {
+static bool is_normalized(const RouterRule& rule) {
   return rule.renormalize || rule.score == Score::softmax_after_top_k;
 }
 
 // Weight of a chosen expert per unit of its score. 1 / 0 is avoided where nobody is chosen or every
 // chosen score underflowed to 0.
-template <class A> A factor(const RouterRule& rule, const A* scores, const int32_t* ids) {
+template <class A> static A factor(const RouterRule& rule, const A* scores, const int32_t* ids) {
   if (!is_normalized(rule)) return A(rule.scaling);
   A sum = 0;
   for (int64_t j = 0; j < rule.top_k; ++j) sum += ids[j] < 0 ? A(0) : scores[ids[j]];
   return A(rule.scaling) / (sum == 0 ? A(1) : sum);
 }
 
-void require_wide(const Op& op, const char* name, const Tensor& t) {
+static void require_wide(const Op& op, const char* name, const Tensor& t) {
   op.require(t.rank() == 2 && t.dim(1) >= 1 && t.dtype() <= DType::f32,
              "{} must be fp32 or fp64 [T, E]", name);
 }
 
 template <class A>
-void route_forward(const Tensor& logits, const RouterRule& rule, const Tensor& bias, bool replay,
-                   Routing out) {
+static void route_forward(const Tensor& logits, const RouterRule& rule, const Tensor& bias,
+                          bool replay, Routing out) {
   const int64_t experts = logits.dim(1), k = rule.top_k;
   cpu::parallel_rows(logits.dim(0), experts, [&](int64_t t) {
     const A* row = logits.data<A>() + t * experts;
@@ -77,8 +75,8 @@ void route_forward(const Tensor& logits, const RouterRule& rule, const Tensor& b
 // Normalized, w = scaling s / sum(s) and ds_j = scaling / sum(s) (dw_j - mean), where the mean is
 // sum_i dw_i w_i / scaling.
 template <class A>
-void route_backward(const RouterRule& rule, const Routing& out, const Tensor& dweights,
-                    const Tensor& dscores, Op::Into& into) {
+static void route_backward(const RouterRule& rule, const Routing& out, const Tensor& dweights,
+                           const Tensor& dscores, Op::Into& into) {
   const int64_t experts = into.tensor.dim(1), k = rule.top_k;
   cpu::parallel_rows(into.tensor.dim(0), experts, [&](int64_t t) {
     const int32_t* ids = out.ids.data<int32_t>() + t * k;
@@ -101,7 +99,7 @@ void route_backward(const RouterRule& rule, const Routing& out, const Tensor& dw
 }
 
 // counts [groups, E] += how often each group's ids chose each expert.
-void count_ids(const Tensor& ids, int64_t groups, Tensor counts) {
+static void count_ids(const Tensor& ids, int64_t groups, Tensor counts) {
   const int64_t per_group = ids.numel() / groups, experts = counts.numel() / groups;
   check_expert_ids(ids, experts);
   const int32_t* id = ids.data<int32_t>();
@@ -115,7 +113,7 @@ void count_ids(const Tensor& ids, int64_t groups, Tensor counts) {
 // A loss that is a sum over the rows of x [T, E]: row(t, x_t, d_t) returns a row's term and writes
 // its gradient. The terms are added in fp64 in the order of tokens, so the sum does not depend on
 // the number of threads.
-template <class F> Tensor sum_over_tokens(Op& op, const char* name, const Tensor& x, F row) {
+template <class F> static Tensor sum_over_tokens(Op& op, const char* name, const Tensor& x, F row) {
   Tensor loss = op.output(name, {1}, x.dtype());
   Tensor terms = op.workspace("loss_terms", {x.dim(0)}, x.dtype());
   Tensor slope = op.workspace("loss_slope", x.shape(), x.dtype());
@@ -139,8 +137,6 @@ template <class F> Tensor sum_over_tokens(Op& op, const char* name, const Tensor
   });
   return loss;
 }
-
-}  // namespace
 
 Routing route_top_k(Tape& tape, const Tensor& logits, const RouterRule& rule, const Tensor& bias,
                     const Tensor& replay, Loc at) {

@@ -1,4 +1,4 @@
-#include "engine/npz.h"
+#include "engine/trace.h"
 
 #include <gtest/gtest.h>
 
