@@ -27,9 +27,10 @@ struct Session {
   Pipeline pipeline;
 };
 
-// `rows` sequences, row after row; labels below 0 are ignored. Positions count from 0 in each.
+// `rows` sequences, row after row; labels below 0 are ignored. Positions count from the first in
+// each.
 Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& labels,
-               int64_t rows);
+               int64_t rows, int64_t first_position = 0);
 
 // input_ids and labels (B, S) int64 of a golden file as one batch on the cpu, with ids of `model`.
 Batch golden_batch(const class Safetensors& golden, const std::string& model);
@@ -49,18 +50,18 @@ struct EvalOptions : ModelArguments {
   std::string data, choices, golden, dump;
   int64_t sequence_length = 0, batch_size = 8, max_batches = 0;
 };
-int run_eval(const EvalOptions& options);
+void run_eval(const EvalOptions& options);
 
 struct GenerateOptions : ModelArguments {
   std::string prompt;
   int64_t tokens = 128, seed = 0;
   double temperature = 0.8, top_p = 0.95;
 };
-int run_generate(const GenerateOptions& options);
+void run_generate(const GenerateOptions& options);
 
 struct VerifyOptions : ModelArguments {
   std::string golden, tokenizer, cases, checkpoint, against;
-  double tolerance = -1;  // negative: the default of the mode
+  double tolerance = 0;  // 0: the default of the mode
 };
 int run_verify(const VerifyOptions& options);
 

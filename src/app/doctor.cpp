@@ -10,14 +10,13 @@
 extern "C" int openblas_get_parallel(void);  // declared in a header of OpenBLAS's own directory
 
 namespace pith {
-namespace {
 
-void print_row(const std::string& name, const std::string& value) {
+static void print_row(const std::string& name, const std::string& value) {
   fmt::print("  {:<14} {}\n", name, value);
 }
 
 // What follows the colon in the first line of `path` that begins with `name`; "" if there is none.
-std::string field(const std::string& path, const std::string& name) {
+static std::string field(const std::string& path, const std::string& name) {
   const std::string text = "\n" + read_file(path);
   const size_t at = text.find("\n" + name);
   if (at == text.npos) return "";
@@ -25,12 +24,12 @@ std::string field(const std::string& path, const std::string& name) {
   return text.substr(begin, text.find('\n', begin) - begin);
 }
 
-bool has_flag(const std::string& flag) {
+static bool has_flag(const std::string& flag) {
   return (field("/proc/cpuinfo", "flags") + " ").find(" " + flag + " ") != std::string::npos;
 }
 
 // Where the loaded library is whose file name begins with `name`; the full name has the version.
-std::string loaded_from(const std::string& name) {
+static std::string loaded_from(const std::string& name) {
   const std::string maps = read_file("/proc/self/maps");
   const size_t at = maps.find("/" + name), begin = maps.rfind(' ', at) + 1;
   return at == maps.npos ? "" : maps.substr(begin, maps.find('\n', at) - begin);
@@ -46,8 +45,6 @@ constexpr const char* kOptional[][3] = {
     {"CUPTI", "libcupti.so.13", "cuda-cupti-13-0"},
     {"MPI", "libmpi.so.40", "libopenmpi-dev openmpi-bin"},
 };
-
-}  // namespace
 
 int run_doctor() {
   fmt::print("machine\n");

@@ -7,23 +7,22 @@
 #include "core/safetensors.h"
 #include "data/tokenizer.h"
 #include "engine/checkpoint.h"
+#include "models/config.h"
 
 namespace pith {
-namespace {
 
 namespace fs = std::filesystem;
 
-int64_t positions_of(const EvalOptions& o, bool as_trained) {
+static int64_t positions_of(const EvalOptions& o, bool as_trained) {
   if (o.sequence_length > 0) return o.sequence_length;
   const std::string run = o.model + "/trainer/run.toml";
   if (as_trained && fs::exists(run))
     return parse_toml(read_file(run), run).at("data").at("sequence_length").as_int();
-  const Value config = read_model_config(o.model);
-  const Value* limit = config.find("max_position_embeddings");
-  return std::min<int64_t>(2048, limit && !limit->is_null() ? limit->as_int() : 2048);
+  return std::min<int64_t>(
+      2048, config_size(read_model_config(o.model), {"max_position_embeddings"}, 2048));
 }
 
-int eval_corpus(const EvalOptions& o) {
+static void eval_corpus(const EvalOptions& o) {
   const int64_t sequence = positions_of(o, true);
   Session session(o, sequence, o.batch_size, false);
   const Loader loader =
@@ -39,21 +38,20 @@ int eval_corpus(const EvalOptions& o) {
   }
   fmt::print("loss {:.6f}  perplexity {:.4f}  tokens {:.0f}\n", loss / labels,
              std::exp(loss / labels), labels);
-  return 0;
 }
 
-bool is_space(char c) { return c == ' ' || c == '\n' || c == '\t' || c == '\r'; }
+static bool is_white(char c) { return c == ' ' || c == '\n' || c == '\t' || c == '\r'; }
 
 // Log-probability of `choice` after `context`, as lm-evaluation-harness has it: one space between
 // the two unless there is white space already, trailing spaces of the context belong to the
 // continuation, and the continuation's ids are those of the whole text after as many ids as the
 // context alone has.
-double choice_score(Session& session, const Tokenizer& tokenizer, size_t positions,
-                    std::string context, const std::string& choice) {
-  const bool spaced = (!context.empty() && is_space(context.back())) ||
-                      (!choice.empty() && is_space(choice.front()));
+static double choice_score(Session& session, const Tokenizer& tokenizer, size_t positions,
+                           std::string context, const std::string& choice) {
+  const bool spaced = (!context.empty() && is_white(context.back())) ||
+                      (!choice.empty() && is_white(choice.front()));
   const std::string text = context + (spaced ? "" : " ") + choice;
-  while (!context.empty() && is_space(context.back())) context.pop_back();
+  while (!context.empty() && is_white(context.back())) context.pop_back();
   std::vector<int32_t> whole = tokenizer.encode(text);
   size_t begin = tokenizer.encode(context).size();
   if (begin == 0) {
@@ -73,7 +71,7 @@ double choice_score(Session& session, const Tokenizer& tokenizer, size_t positio
   return -session.pipeline.evaluate(batch_of(whole, labels, 1)).loss;
 }
 
-int eval_choices(const EvalOptions& o) {
+static void eval_choices(const EvalOptions& o) {
   const Tokenizer tokenizer(o.model);
   const int64_t positions = positions_of(o, false);
   Session session(o, positions, 1, false);
@@ -81,7 +79,7 @@ int eval_choices(const EvalOptions& o) {
   int64_t questions = 0, right = 0, right_by_length = 0, number = 0;
   for (std::string line; std::getline(lines, line);) {
     ++number;
-    if (std::ranges::all_of(line, is_space)) continue;
+    if (std::ranges::all_of(line, is_white)) continue;
     const Value question = parse_json(line, fmt::format("{}:{}", o.choices, number));
     const std::vector<Value>& choices = question.at("choices").items();
     const int64_t answer = question.at("answer").as_int();
@@ -107,10 +105,9 @@ int eval_choices(const EvalOptions& o) {
   fmt::print("accuracy {:.4f}  accuracy_norm {:.4f}  questions {}\n",
              double(right) / double(questions), double(right_by_length) / double(questions),
              questions);
-  return 0;
 }
 
-int eval_golden(const EvalOptions& o) {
+static void eval_golden(const EvalOptions& o) {
   if (o.dump.empty()) fail_input("--golden needs --dump OUT");
   const Safetensors golden(o.golden);
   const Batch batch = golden_batch(golden, o.model);
@@ -134,12 +131,9 @@ int eval_golden(const EvalOptions& o) {
     fail_input("--dump {}: {}", o.dump, e.what());
   }
   fmt::print("loss {:.6f}\n", loss);
-  return 0;
 }
 
-}  // namespace
-
-int run_eval(const EvalOptions& o) {
+void run_eval(const EvalOptions& o) {
   const int modes = !o.data.empty() + !o.choices.empty() + !o.golden.empty();
   if (modes != 1)
     fail_input("eval needs one of --data PREFIX, --choices FILE.jsonl, --golden FILE");

@@ -5,9 +5,8 @@
 #include "data/tokenizer.h"
 
 namespace pith {
-namespace {
 
-int32_t sample(const std::vector<float>& logits, const GenerateOptions& o, int64_t step) {
+static int32_t sample(const std::vector<float>& logits, const GenerateOptions& o, int64_t step) {
   const auto best = std::ranges::max_element(logits);
   if (!std::isfinite(*best)) fail("the logits of token {} are not finite", step);
   if (o.temperature <= 0) return int32_t(best - logits.begin());
@@ -28,9 +27,7 @@ int32_t sample(const std::vector<float>& logits, const GenerateOptions& o, int64
   return order[n - 1];
 }
 
-}  // namespace
-
-int run_generate(const GenerateOptions& o) {
+void run_generate(const GenerateOptions& o) {
   if (o.tokens < 0 || o.temperature < 0 || !(o.top_p > 0 && o.top_p <= 1))
     fail_input("--tokens and --temperature must not be negative and --top-p must lie in (0, 1]");
   const Tokenizer tokenizer(o.model);
@@ -44,24 +41,18 @@ int run_generate(const GenerateOptions& o) {
     c.kv = Tensor({capacity, size.kv_width}, session.context.dtype, session.context.device,
                   "kv_cache");
 
-  int64_t seen = 0;
-  while (int64_t(ids.size()) < capacity) {
-    const int64_t count = int64_t(ids.size()) - seen;
-    std::vector<int32_t> positions(static_cast<size_t>(count));
-    std::iota(positions.begin(), positions.end(), int32_t(seen));
-    MicroBatch mb;
-    mb.tokens = Tensor::of<int32_t>({count}, std::span(ids).subspan(size_t(seen)));
-    mb.positions = Tensor::of<int32_t>({count}, positions);
-    mb.sequence = count;
+  for (int64_t seen = 0; int64_t(ids.size()) < capacity;) {
+    const std::vector<int32_t> unseen(ids.begin() + seen, ids.end());
+    MicroBatch mb{batch_of(unseen, unseen, 1, seen)};  // nobody reads the labels
     mb.caches = &caches;
     const Tensor logits = session.pipeline.logits(mb);
     seen = int64_t(ids.size());
-    const int32_t next = sample(logits.row_range(count - 1, count).to_vector<float>(), o, seen);
+    const Tensor last = logits.row_range(logits.rows() - 1, logits.rows());
+    const int32_t next = sample(last.to_vector<float>(), o, seen);
     if (next == tokenizer.eos_id()) break;
     ids.push_back(next);
   }
   fmt::print("{}\n", tokenizer.decode(ids));
-  return 0;
 }
 
 }  // namespace pith

@@ -19,23 +19,20 @@ Session::Session(const ModelArguments& a, int64_t max_positions, int64_t micro_b
                  bool training)
     : Session(read_model_config(a.model), parse_dtype(a.dtype), parse_device(a.device),
               max_positions, micro_batch_size, training) {
-  if (!has_weights(a.model)) fail_input("{} has no model.safetensors", a.model);
-  load_weights(model->params, a.model, model->ignored_when_reading());
+  load_weights(model->params, a.model, model->ignored_when_reading);
 }
 
-Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& labels,
-               int64_t rows) {
-  Batch b;
+Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& labels, int64_t rows,
+               int64_t first_position) {
+  const Shape flat{int64_t(tokens.size())};
+  Batch b{.tokens = Tensor::of<int32_t>(flat, tokens), .labels = Tensor::of<int32_t>(flat, labels)};
   b.batch = rows;
   b.sequence = int64_t(tokens.size()) / rows;
   std::vector<int32_t> positions;
   for (size_t i = 0; i < tokens.size(); ++i) {
-    positions.push_back(int32_t(int64_t(i) % b.sequence));
+    positions.push_back(int32_t(first_position + int64_t(i) % b.sequence));
     b.label_count += labels[i] >= 0;
   }
-  const Shape flat{int64_t(tokens.size())};
-  b.tokens = Tensor::of<int32_t>(flat, tokens);
-  b.labels = Tensor::of<int32_t>(flat, labels);
   b.positions = Tensor::of<int32_t>(flat, positions);
   return b;
 }

@@ -10,19 +10,20 @@ namespace pith {
 namespace {
 
 double one_minus_cosine(const std::vector<double>& a, const std::vector<double>& b) {
-  double ab = 0, aa = 0, bb = 0;
-  for (size_t i = 0; i < a.size(); ++i) ab += a[i] * b[i], aa += a[i] * a[i], bb += b[i] * b[i];
-  if (aa == 0 && bb == 0) return 0;
-  return aa > 0 && bb > 0 ? 1 - ab / std::sqrt(aa * bb) : 1;
+  const auto dot = [](const std::vector<double>& x, const std::vector<double>& y) {
+    return std::inner_product(x.begin(), x.end(), y.begin(), 0.0);
+  };
+  if (dot(a, a) == 0 && dot(b, b) == 0) return 0;
+  return 1 - dot(a, b) / std::sqrt(dot(a, a) * dot(b, b));  // NaN where one of them is zero
 }
 
+// A model on the batch of a golden file, one method per thing that is compared.
 struct GoldenRun {
-  const Safetensors& golden;
-  Session& session;
-  Batch batch;
-  double scale;  // of the tolerances
-  bool low_precision;
-  std::vector<Tensor> replay = {};
+  const VerifyOptions& options;
+  const Safetensors golden = Safetensors(options.golden);
+  const Batch batch = golden_batch(golden, options.model);
+  Session session = {options, batch.sequence, batch.batch, true};
+  const bool low_precision = session.context.dtype == DType::bf16;
   std::vector<Row> rows = {};
 
   // The golden `name`, which must have `size` elements, or any number of them for 0.
@@ -34,23 +35,25 @@ struct GoldenRun {
     return values;
   }
 
-  void logits() {
+  void logits(const std::vector<Tensor>& replay) {
     MicroBatch mb{batch};
     mb.replay = replay;
     const std::vector<double> got = session.pipeline.logits(mb).to_vector<double>(),
                               want = reference("logits", got.size());
     double worst = 0;
     for (size_t i = 0; i < got.size(); ++i)
-      if (!(std::abs(got[i] - want[i]) <= worst)) worst = std::abs(got[i] - want[i]);
+      if (const double error = std::abs(got[i] - want[i]); !(error <= worst))
+        worst = std::isnan(error) ? HUGE_VAL : error;  // so that no later one replaces it
     const auto [low, high] = std::ranges::minmax(want);
-    rows.push_back(low_precision
-                       ? Row{"logits (share of their range)", worst / (high - low), 5e-2 * scale}
-                       : Row{"logits (absolute)", worst, 1e-4 * scale});
+    if (low_precision)
+      rows.push_back({"logits (share of their range)", worst / (high - low), 5e-2});
+    else
+      rows.push_back({"logits (absolute)", worst, 1e-4});
   }
 
   void gradients(const StepSums& sums) {
     rows.push_back({"loss", relative_l2({sums.loss / sums.labels}, reference("loss", 1)),
-                    (low_precision ? 1e-2 : 1e-5) * scale});
+                    low_precision ? 1e-2 : 1e-5});
     size_t extra = 0;
     for (const auto& [name, entry] : golden.entries()) extra += name.starts_with("grad.");
     for (const auto& p : session.model->params) {
@@ -64,9 +67,9 @@ struct GoldenRun {
         const std::vector<double> got(begin, begin + piece.shape.numel()),
             want = reference(name, got.size());
         if (low_precision)
-          rows.push_back({name + " (1 - cosine)", one_minus_cosine(got, want), 1e-2 * scale});
+          rows.push_back({name + " (1 - cosine)", one_minus_cosine(got, want), 1e-2});
         else
-          rows.push_back({name, relative_l2(got, want), 1e-4 * scale});
+          rows.push_back({name, relative_l2(got, want), 1e-4});
         --extra;
       }
     }
@@ -85,9 +88,9 @@ struct GoldenRun {
       const StepSums sums = session.pipeline.train_step(batch);
       const Optimizer::Norm norm = optimizer.grad_norm(sums.labels);
       rows.push_back({fmt::format("adamw.loss[{}]", step),
-                      relative_l2({sums.loss / sums.labels}, {losses[step]}), 1e-4 * scale});
+                      relative_l2({sums.loss / sums.labels}, {losses[step]}), 1e-4});
       rows.push_back({fmt::format("adamw.grad_norm[{}]", step),
-                      relative_l2({norm.value}, {norms[step]}), 1e-4 * scale});
+                      relative_l2({norm.value}, {norms[step]}), 1e-4});
       optimizer.update(run.optimizer.lr, int64_t(step) + 1, norm, sums.labels);
     }
   }
@@ -106,15 +109,14 @@ std::vector<Tensor> fp32_routing(const std::string& model, const Batch& batch) {
 }
 
 int verify_model(const VerifyOptions& o) {
-  const Safetensors golden(o.golden);
-  const Batch batch = golden_batch(golden, o.model);
-  Session session(o, batch.sequence, batch.batch, true);
-  const bool low = session.context.dtype == DType::bf16;
-  GoldenRun run{golden, session, batch, o.tolerance > 0 ? o.tolerance / 1e-4 : 1.0, low};
-  if (low) run.replay = fp32_routing(o.model, batch);
-  run.logits();
-  run.gradients(session.pipeline.train_step(batch, false, run.replay));
-  if (!low) run.adamw();
+  GoldenRun run{o};
+  std::vector<Tensor> replay;
+  if (run.low_precision) replay = fp32_routing(o.model, run.batch);
+  run.logits(replay);
+  run.gradients(run.session.pipeline.train_step(run.batch, false, replay));
+  if (!run.low_precision) run.adamw();
+  if (o.tolerance > 0)
+    for (Row& row : run.rows) row.allowed *= o.tolerance / 1e-4;
   return report(std::move(run.rows));
 }
 
@@ -134,20 +136,14 @@ int verify_tokenizer(const VerifyOptions& o) {
   return report(std::move(rows));
 }
 
-struct Checkpoint {
-  explicit Checkpoint(const std::string& directory)
-      : model(directory), trainer(directory + "/trainer", "trainer") {}
-  Safetensors model, trainer;
-
-  // Whether the exported `name` is there, in bf16, and the rounding of its master.
-  bool is_rounded(const std::string& name) const {
-    const std::string master = (trainer.has("master." + name) ? "master." : "state.") + name;
-    if (!model.has(name) || !trainer.has(master)) return false;
-    const Tensor x = model.load(name), y = trainer.load(master).to(DType::bf16, "compare");
-    return x.dtype() == DType::bf16 && x.shape() == y.shape() &&
-           std::memcmp(x.raw(), y.raw(), x.nbytes()) == 0;
-  }
-};
+// Whether the exported `name` is there, in bf16, and the rounding of its master.
+bool is_rounded(const Safetensors& model, const Safetensors& trainer, const std::string& name) {
+  const std::string master = (trainer.has("master." + name) ? "master." : "state.") + name;
+  if (!model.has(name) || !trainer.has(master)) return false;
+  const Tensor x = model.load(name), y = trainer.load(master).to(DType::bf16, "compare");
+  return x.dtype() == DType::bf16 && x.shape() == y.shape() &&
+         std::memcmp(x.raw(), y.raw(), x.nbytes()) == 0;
+}
 
 // Relative to `a`; 0 only if bit-equal, infinity if they cannot be compared.
 double difference(const Safetensors& a, const Safetensors& b, const std::string& name) {
@@ -160,23 +156,25 @@ double difference(const Safetensors& a, const Safetensors& b, const std::string&
 // Masters, moments and untrained state of two checkpoints; bf16 weights only as the rounding of
 // their own masters, at any tolerance.
 int verify_checkpoint(const VerifyOptions& o) {
-  const Checkpoint a(o.checkpoint), b(o.against);
+  std::vector<Safetensors> models, trainers;
   std::set<std::string> tensors, exported;  // of either
-  for (const Checkpoint* c : {&a, &b}) {
-    for (const auto& [name, entry] : c->model.entries()) exported.insert(name);
-    for (const auto& [name, entry] : c->trainer.entries()) {
+  for (const std::string& directory : {o.checkpoint, o.against}) {
+    models.emplace_back(directory);
+    trainers.emplace_back(directory + "/trainer", "trainer");
+    for (const auto& [name, entry] : models.back().entries()) exported.insert(name);
+    for (const auto& [name, entry] : trainers.back().entries()) {
       tensors.insert(name);
       // What is trained is exported; of the untrained state, what one of the two exports.
       if (name.starts_with("master.")) exported.insert(name.substr(7));
     }
   }
   std::vector<Row> rows;
-  const double allowed = std::max(o.tolerance, 0.0);
   for (const std::string& name : tensors)
-    rows.push_back({name, difference(a.trainer, b.trainer, name), allowed});
+    rows.push_back({name, difference(trainers[0], trainers[1], name), o.tolerance});
   for (const std::string& name : exported)
-    for (const Checkpoint* c : {&a, &b})
-      rows.push_back(exact(name + " in bf16, " + c->model.path(), c->is_rounded(name)));
+    for (const int i : {0, 1})
+      rows.push_back(
+          exact(name + " in bf16, " + models[i].path(), is_rounded(models[i], trainers[i], name)));
   return report(std::move(rows));
 }
 

@@ -63,8 +63,10 @@ void open_log(const std::string& path);  // InputError when it cannot be opened
 void warn_once(const std::string& text);
 
 // On SIGSEGV, SIGBUS, SIGFPE, SIGILL and SIGABRT: prints the op that was running (see Op) and a
-// stack trace (c++filt reads its names) to stderr, then dies of the same signal (of SIGALRM, should
-// printing hang). The trace of an Error is not printed: its message names the line.
+// stack trace to stderr, a line per frame with its function and, for `addr2line -e FILE OFFSET`,
+// file and offset; then dies of the same signal (of SIGALRM, should printing hang). A stack
+// overflow prints in the thread that called this. The trace of an Error is not printed: its message
+// names the line.
 void install_crash_handler();
 
 }  // namespace pith

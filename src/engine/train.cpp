@@ -84,8 +84,7 @@ struct Trainer {
       return step;
     }
     model->params.initialize(uint64_t(run.train.seed), model->size.init_std);
-    if (has_weights(run.model))
-      load_weights(model->params, run.model, model->ignored_when_reading());
+    if (has_weights(run.model)) load_weights(model->params, run.model, model->ignored_when_reading);
     return 0;
   }
 

@@ -18,11 +18,9 @@ static void add_loss(Tape& t, MicroBatch& mb, const char* name, const Tensor& sc
 RouterState declare_router_state(ParamSet& params, const Balance& balance,
                                  const std::string& prefix, int64_t experts) {
   const auto declare = [&](const char* name, Shape shape, Init init) {
-    return &params.add({.name = prefix + name,
-                        .shape = shape,
-                        .role = Role::state,
-                        .init = init,
-                        .exported = false});
+    Param p{.name = prefix + name, .shape = shape, .role = Role::state, .init = init};
+    p.exported = false;
+    return &params.add(std::move(p));
   };
   RouterState state;
   if (balance.bias_update_rate > 0)
@@ -54,14 +52,12 @@ Routing route(Tape& t, MicroBatch& mb, const Balance& balance, const RouterRule&
     const int64_t groups = balance.loss == "sequence" ? mb.batch : 1;
     const Tensor fractions_GE =
         state.fractions ? state.fractions->value : expert_fractions(t, r.ids, E, groups, at);
-    Tensor loss = balance_loss(t, r.scores, fractions_GE, groups, at);
-    add_loss(t, mb, "balance_loss", loss,
+    add_loss(t, mb, "balance_loss", balance_loss(t, r.scores, fractions_GE, groups, at),
              balance.coefficient * mb.step_labels / mb.step_micro_batches);
   }
-  if (balance.z_loss != 0) {
-    Tensor loss = z_loss(t, logits_TE, at);
-    add_loss(t, mb, "z_loss", loss, balance.z_loss * mb.step_labels / mb.step_tokens);
-  }
+  if (balance.z_loss != 0)
+    add_loss(t, mb, "z_loss", z_loss(t, logits_TE, at),
+             balance.z_loss * mb.step_labels / mb.step_tokens);
   return r;
 }
 

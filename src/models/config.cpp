@@ -40,44 +40,48 @@ void config_only(const Value& config, const char* key, const Value& wanted) {
 
 namespace {
 
+// The rotary settings as transformers 5 spells them; rope_type and rope_theta are always there.
+Value rope_parameters(const Value& config) {
+  const Value* given = config_find(config, {"rope_scaling", "rope_parameters"});
+  Value rope = given ? *given : Value::object();
+  const Value* type = config_find(rope, {"rope_type", "type"});
+  rope["rope_type"] = type ? Value(*type) : "default";
+  const Value* theta = config_find(rope, {"rope_theta"});
+  if (!theta) theta = config_find(config, {"rope_theta"});
+  rope["rope_theta"] = theta ? Value(*theta) : 10000.0;
+  return rope;
+}
+
 struct Rope {
-  Value parameters;  // rope_scaling or rope_parameters
-  double theta = 10000, factor = 1, attention_factor = 1;
-  std::string type = "default";
-  double original_positions = 0;
+  Value parameters;
+  std::string type;
+  double theta, factor = 1, attention_factor = 1, original_positions = 0;
 };
 
 double yarn_attention_factor(const Value& p, double factor) {
-  if (const Value* given = config_find(p, {"attention_factor"})) return given->as_real();
   const auto scale = [&](double mscale) { return 0.1 * mscale * std::log(factor) + 1.0; };
   const double mscale = config_real(p, "mscale", 0), all_dim = config_real(p, "mscale_all_dim", 0);
-  return mscale != 0 && all_dim != 0 ? scale(mscale) / scale(all_dim) : scale(1);
+  const bool both = mscale != 0 && all_dim != 0;
+  return config_real(p, "attention_factor", both ? scale(mscale) / scale(all_dim) : scale(1));
 }
 
 Rope read_rope(const Value& config) {
-  Rope rope;
-  rope.theta = config_real(config, "rope_theta", rope.theta);
-  const Value* p = config_find(config, {"rope_scaling"});
-  if (!p || p->members().empty()) p = config_find(config, {"rope_parameters"});
-  if (!p) return rope;
-  rope.parameters = *p;
-  rope.theta = config_real(*p, "rope_theta", rope.theta);
-  if (const Value* type = config_find(*p, {"rope_type", "type"})) rope.type = type->as_string();
-  config_only(*p, "partial_rotary_factor", 1.0);
+  const Value p = rope_parameters(config);
+  Rope rope{p, p.at("rope_type").as_string(), p.at("rope_theta").as_real()};
+  config_only(p, "partial_rotary_factor", 1.0);
   if (rope.type == "default") return rope;
   if (rope.type != "linear" && rope.type != "yarn" && rope.type != "llama3")
     fail_input("{}: rope_type '{}' is not supported: use default, linear, yarn or llama3",
-               p->where(), rope.type);
+               p.where(), rope.type);
   const double limit = config_real(config, "max_position_embeddings", 0);
   rope.original_positions = config_real(config, "original_max_position_embeddings",
-                                        config_real(*p, "original_max_position_embeddings", limit));
+                                        config_real(p, "original_max_position_embeddings", limit));
   if (rope.type != "linear" && rope.original_positions <= 0)
-    fail_input("{}: rope_type {} needs original_max_position_embeddings", p->where(), rope.type);
-  rope.factor =
-      config_real(*p, "factor", rope.type == "yarn" ? limit / rope.original_positions : 0);
+    fail_input("{}: rope_type {} needs original_max_position_embeddings", p.where(), rope.type);
+  rope.factor = config_real(p, "factor", rope.type == "yarn" ? limit / rope.original_positions : 0);
   if (!(rope.factor >= 1))
-    fail_input("{}: factor is {}: use a number of at least 1", p->where(), rope.factor);
-  if (rope.type == "yarn") rope.attention_factor = yarn_attention_factor(*p, rope.factor);
+    fail_input("{}: factor is {}: use a number of at least 1", p.where(), rope.factor);
+  if (rope.type == "yarn") rope.attention_factor = yarn_attention_factor(p, rope.factor);
   return rope;
 }
 
@@ -119,10 +123,9 @@ RopeTable make_rope_table(const Value& config, int64_t dim, int64_t positions, D
   std::vector<double> cos(shape.numel()), sin(shape.numel());
   for (int64_t i = 0; i < dim / 2; ++i) {
     const double base = 1.0f / float(std::pow(float(r.theta), float(2 * i) / float(dim)));
-    const float frequency = float(r.type == "linear"   ? base / r.factor
-                                  : r.type == "yarn"   ? yarn_frequency(r, dim, i, base)
+    const float frequency = float(r.type == "yarn"     ? yarn_frequency(r, dim, i, base)
                                   : r.type == "llama3" ? llama3_frequency(r, base)
-                                                       : base);
+                                                       : base / r.factor);
     for (int64_t p = 0; p < positions; ++p) {
       const float angle = float(p) * frequency;
       cos[p * (dim / 2) + i] = std::cos(double(angle)) * r.attention_factor;
@@ -135,20 +138,13 @@ RopeTable make_rope_table(const Value& config, int64_t dim, int64_t positions, D
 }
 
 Value with_both_spellings(Value config) {
-  const Value experts = *config_find(config, {"num_experts", "num_local_experts"});
+  const Value rope = rope_parameters(config),
+              experts = *config_find(config, {"num_experts", "num_local_experts"});
   for (const char* key : {"num_experts", "num_local_experts"}) config[key] = experts;
-  const Value *v4 = config_find(config, {"rope_scaling"}),
-              *v5 = config_find(config, {"rope_parameters"});
-  Value rope = v4 ? *v4 : v5 ? *v5 : Value::object({{"rope_type", "default"}});
-  const Value* type = config_find(rope, {"rope_type", "type"});
-  if (v5 && !v4) {
-    if (const Value* theta = config_find(rope, {"rope_theta"})) config["rope_theta"] = *theta;
-    config["rope_scaling"] = type && type->as_string() != "default" ? rope : Value();
-  } else {
-    if (type) rope["rope_type"] = Value(*type);
-    if (const Value* theta = config_find(config, {"rope_theta"})) rope["rope_theta"] = *theta;
-    config["rope_parameters"] = rope;
-  }
+  config["rope_theta"] = rope.at("rope_theta");
+  config["rope_parameters"] = rope;
+  if (!config_find(config, {"rope_scaling"}))
+    config["rope_scaling"] = rope.at("rope_type").as_string() == "default" ? Value() : rope;
   return config;
 }
 

@@ -90,7 +90,6 @@ class Model {
   // The config.json of a checkpoint: the one that was read, with renamed keys in both spellings (v4
   // and v5).
   virtual Value hf_config() const = 0;
-  virtual std::vector<std::string> ignored_when_reading() const { return {}; }  // fnmatch patterns
 
   struct Size {
     int64_t layers = 0, moe_layers = 0, vocabulary = 0, experts = 0, top_k = 0;
@@ -98,7 +97,8 @@ class Model {
     double init_std = 0.02;
   };
   Size size;
-  std::vector<int64_t> moe_layers;  // decoder layer of each MoE layer
+  std::vector<std::string> ignored_when_reading;  // fnmatch patterns of tensors
+  std::vector<int64_t> moe_layers;                // decoder layer of each MoE layer
   ParamSet params;
 };
 
@@ -108,5 +108,7 @@ double value_of(const Tensor& scalar);               // 0 on meta
 // The one switch over architectures (models.cpp). `config` is a parsed config.json; InputError
 // names what is unsupported. Parameters are declared and allocated, not initialized.
 std::unique_ptr<Model> make_model(const Value& config, const ModelOptions& options);
+// Its cases, one per file of an architecture.
+std::unique_ptr<Model> make_qwen3_moe(const Value& config, const ModelOptions& options);
 
 }  // namespace pith

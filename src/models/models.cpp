@@ -1,4 +1,4 @@
-#include "models/qwen3_moe.h"
+#include "models/model.h"
 
 namespace pith {
 
@@ -12,7 +12,7 @@ double value_of(const Tensor& scalar) {
 
 std::unique_ptr<Model> make_model(const Value& config, const ModelOptions& options) {
   const std::string& type = config.at("model_type").as_string();
-  if (type == "qwen3_moe") return std::make_unique<Qwen3Moe>(config, options);
+  if (type == "qwen3_moe") return make_qwen3_moe(config, options);
   fail_input("{}: model_type '{}' is not supported: use qwen3_moe", config.where(), type);
 }
 
