@@ -50,7 +50,7 @@ TEST(Basic, unary) {
       "scale", {{4, 3}}, [](Tape& t, const Inputs& x) { return scale(t, x[0], -0.75); },
       [](const Vecs& x) { return map(x[0], [](double v) { return -0.75 * v; }); }));
   // log of 1 + x^2, so that random inputs are in its domain.
-  const Tensor one = Tensor::of<double>({1}, Vec{1});
+  const Tensor one = Tensor::of<double>({1}, Vec{1}).on(test_device());
   check_op(make_case(
       "log", {{3, 5}},
       [=](Tape& t, const Inputs& x) {
@@ -224,7 +224,8 @@ TEST(Basic, moving_elements) {
       moved("overlapping slices", {{3, 2}}, {0, 1, 2, 3, 2, 3, 4, 5}, [](Tape& t, const Inputs& x) {
         return concat_rows(t, slice_rows(t, x[0], 0, 2), slice_rows(t, x[0], 1, 3));
       }));
-  const Tensor mask = Tensor::of<uint8_t>({2, 2}, std::vector<uint8_t>{1, 0, 0, 1});
+  const Tensor mask =
+      Tensor::of<uint8_t>({2, 2}, std::vector<uint8_t>{1, 0, 0, 1}).on(test_device());
   check_op(moved("where", {{2, 2}, {2, 2}}, {0, 5, 6, 3},
                  [=](Tape& t, const Inputs& x) { return where(t, mask, x[0], x[1]); }));
   check_op(moved("where with a row", {{2, 2}, {2}}, {0, 5, 4, 3},
