@@ -1,10 +1,9 @@
-#include "engine/optimizer.h"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
 
 #include "core/error.h"
+#include "engine/optimizer.h"
 
 namespace pith {
 namespace {

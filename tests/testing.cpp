@@ -1,5 +1,6 @@
 #include "testing.h"
 
+#include <gtest/gtest.h>
 #include <sys/wait.h>
 
 #include <filesystem>
@@ -11,6 +12,18 @@
 #include "data/corpus.h"
 
 namespace pith {
+
+std::string golden_dir() {
+  const char* given = std::getenv("PITH_GOLDEN");
+  const std::string dir = given ? given : PITH_SOURCE_DIR "/../shared/golden";
+  if (!std::filesystem::exists(dir + "/qwen3_moe")) {
+    [&] { GTEST_SKIP() << "no golden vectors in " << dir << " (PITH_GOLDEN)"; }();
+    // What ends a test without another failure.
+    throw testing::AssertionException(
+        {testing::TestPartResult::kSkip, __FILE__, __LINE__, "no golden vectors"});
+  }
+  return dir;
+}
 
 TempDir::TempDir() {
   std::string pattern = (std::filesystem::temp_directory_path() / "pith-test-XXXXXX").string();

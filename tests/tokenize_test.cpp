@@ -25,7 +25,7 @@ namespace {
 namespace fs = std::filesystem;
 using Strings = std::vector<std::string>;
 
-std::string tokenizer_dir() { return golden_dir() + "/tokenizer_qwen"; }
+std::string tokenizer_dir() { return PITH_SOURCE_DIR "/examples/tiny"; }
 
 void put(const std::string& path, std::string_view text) {
   fs::create_directories(fs::path(path).parent_path());

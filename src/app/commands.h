@@ -29,8 +29,8 @@ struct Session {
 
 // `rows` sequences, row after row; labels below 0 are ignored. Positions count from the first in
 // each.
-Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& labels,
-               int64_t rows, int64_t first_position = 0);
+Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& labels, int64_t rows,
+               int64_t first_position = 0);
 
 // input_ids and labels (B, S) int64 of a golden file as one batch on the cpu, with ids of `model`.
 Batch golden_batch(const class Safetensors& golden, const std::string& model);

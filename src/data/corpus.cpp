@@ -117,7 +117,7 @@ void CorpusWriter::finish() {
   lengths_.close();
   const MappedFile lengths(prefix_ + ".len.partial");
   OutputFile index(prefix_ + ".idx.partial");
-  std::string header(kMagic, 9);
+  std::string header(std::begin(kMagic), std::end(kMagic));
   append_raw(header, uint64_t(1), uint8_t(token_bytes_ == 2 ? 8 : 4), documents_, documents_ + 1);
   index.write(header.data(), header.size());
   index.write(lengths.bytes().data(), lengths.bytes().size());

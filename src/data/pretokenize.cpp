@@ -63,7 +63,7 @@ std::string normalize_nfc(std::string_view text) {
       utf8proc_map(bytes(text.data()), utf8proc_ssize_t(text.size()), &mapped,
                    utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
   if (n < 0) fail("utf8proc: {}", utf8proc_errmsg(n));
-  const std::string out(mapped, mapped + n);
+  std::string out(mapped, mapped + n);
   std::free(mapped);
   return out;
 }
@@ -181,27 +181,27 @@ void PreTokenizer::run(size_t step, std::string_view piece, const Sink& sink) co
 }
 
 void PreTokenizer::run_split(size_t step, std::string_view piece, const Sink& sink) const {
-  const auto& [regex, behavior, invert] = steps_[step];
+  const Step& how = steps_[step];
   size_t begin = 0, end = 0;  // the piece that may still grow; empty if there is none
   bool previous = false;      // was the last segment a match?
   const auto flush = [&] {
     if (end > begin) run(step + 1, piece.substr(begin, end - begin), sink);
   };
   const auto segment = [&](size_t b, size_t e, bool match) {
-    match ^= invert;
-    const bool grows = (behavior == Behavior::contiguous && match == previous) ||
-                       (behavior == Behavior::merged_with_previous && match && !previous) ||
-                       (behavior == Behavior::merged_with_next && !match && previous);
+    match ^= how.invert;
+    const bool grows = (how.behavior == Behavior::contiguous && match == previous) ||
+                       (how.behavior == Behavior::merged_with_previous && match && !previous) ||
+                       (how.behavior == Behavior::merged_with_next && !match && previous);
     if (!grows || end <= begin) {
       flush();
       begin = b;
     }
-    end = match && behavior == Behavior::removed ? b : e;
+    end = match && how.behavior == Behavior::removed ? b : e;
     previous = match;
   };
   const size_t size = piece.size();
   size_t done = 0, at = 0, b = 0, e = 0;
-  while (at <= size && search(regex.get(), piece, at, b, e)) {
+  while (at <= size && search(how.regex.get(), piece, at, b, e)) {
     at = e;
     if (b == e && e == done) {  // an empty match right after a match does not count
       at += at < size ? utf8_length(piece[at]) : 1;

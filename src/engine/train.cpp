@@ -138,7 +138,7 @@ struct Trainer {
     }
 
     const double tokens = double(batch.batch * batch.sequence),
-                 micro_batches = double(rows / run.train.micro_batch_size),
+                 micro_batches = double(rows) / double(run.train.micro_batch_size),
                  layers = double(model->size.moe_layers);
     m.step = step;
     m.loss = sums.loss / sums.labels;
