@@ -67,7 +67,7 @@ std::vector<Case> cases() {
   };
   const auto fixed = [](const std::string& text) { return [=](const TinyRun&) { return text; }; };
   return {
-      {"no command", nothing, fixed(""), {"ubcommand"}},
+      {"no command", nothing, fixed(""), {"is no command: pith --help lists them"}},
       {"unknown command", nothing, fixed("trian run.toml"), {"trian"}},
       {"unknown option", nothing, fixed("plan run.toml --fast"), {"--fast"}},
       {"no run file",

@@ -113,9 +113,12 @@ static void run(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::Success& help) {
     app.exit(help);
+  } catch (const CLI::RequiredError& error) {
+    if (app.get_subcommands().empty())
+      fail_input("{} is no command: pith --help lists them", argc > 1 ? argv[1] : "(none)");
+    fail_input("{}: {} (pith {} --help)", argv[1], error.what(), argv[1]);
   } catch (const CLI::ParseError& error) {
-    fail_input("{}: {} (pith --help lists the commands)", argc > 1 ? argv[1] : "nothing",
-               error.what());
+    fail_input("{}: {} (pith --help lists the commands)", argv[1], error.what());
   }
 }
 
