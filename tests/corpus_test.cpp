@@ -13,11 +13,6 @@
 namespace pith {
 namespace {
 
-bool exists(const std::string& path) {
-  struct stat info {};
-  return ::stat(path.c_str(), &info) == 0;
-}
-
 using Ids = std::vector<int32_t>;
 
 void write(const std::string& prefix, int64_t vocab, const std::vector<Ids>& documents) {

@@ -13,17 +13,6 @@
 namespace pith {
 namespace {
 
-std::string error_of(const std::function<void()>& f) {
-  try {
-    f();
-  } catch (const InputError& e) {
-    return e.what();
-  }
-  return "(no InputError)";
-}
-
-bool exists(const std::string& path) { return ::access(path.c_str(), F_OK) == 0; }
-
 std::string text_of(const MappedFile& m) {
   return {reinterpret_cast<const char*>(m.bytes().data()), m.bytes().size()};
 }

@@ -6,12 +6,22 @@
 #include <filesystem>
 #include <stdexcept>
 
+#include "core/error.h"
 #include "core/file.h"
 #include "core/rng.h"
 #include "core/value.h"
 #include "data/corpus.h"
 
 namespace pith {
+
+std::string error_of(const std::function<void()>& f) {
+  try {
+    f();
+  } catch (const InputError& e) {
+    return e.what();
+  }
+  return "(no InputError)";
+}
 
 std::string golden_dir() {
   const char* given = std::getenv("PITH_GOLDEN");

@@ -2,6 +2,7 @@
 // What several tests share.
 
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -11,6 +12,9 @@ namespace pith {
 // The directory of golden vectors: $PITH_GOLDEN, else ../shared/golden beside the repository. A test
 // that asks for it where there is none is skipped.
 std::string golden_dir();
+
+// The message of the InputError that f throws; "(no InputError)" if it throws none.
+std::string error_of(const std::function<void()>& f);
 
 // A fresh empty directory under the test's temporary directory, removed at exit of the scope.
 struct TempDir {

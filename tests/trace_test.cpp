@@ -12,15 +12,6 @@
 namespace pith {
 namespace {
 
-std::string error_of(const std::function<void()>& f) {
-  try {
-    f();
-  } catch (const InputError& e) {
-    return e.what();
-  }
-  return "(no InputError)";
-}
-
 Tensor ints(const Shape& shape, std::vector<int32_t> values) {
   return Tensor::of<int32_t>(shape, values);
 }

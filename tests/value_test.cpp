@@ -7,18 +7,10 @@
 #include <limits>
 
 #include "core/error.h"
+#include "testing.h"
 
 namespace pith {
 namespace {
-
-std::string error_of(const std::function<void()>& f) {
-  try {
-    f();
-  } catch (const InputError& e) {
-    return e.what();
-  }
-  return "(no InputError)";
-}
 
 TEST(Value, JsonKeepsOrderKindsAndPlaces) {
   const Value v =

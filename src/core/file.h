@@ -10,6 +10,8 @@
 
 namespace pith {
 
+inline bool exists(const std::string& path) { return ::access(path.c_str(), F_OK) == 0; }
+
 std::string read_file(const std::string& path);  // InputError "PATH: No such file or directory"
 
 // Writes PATH.tmp, fsyncs, renames over PATH. InputError on no permission or a full disk; PATH is

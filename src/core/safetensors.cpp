@@ -71,8 +71,6 @@ static const SafetensorsEntry& find(const Entries& entries, const std::string& p
 
 static bool is_float(DType t) { return t == DType::f64 || t == DType::f32 || t == DType::bf16; }
 
-static bool exists(const std::string& path) { return ::access(path.c_str(), F_OK) == 0; }
-
 Safetensors::Safetensors(const std::string& path, const std::string& stem) : path_(path) {
   const std::string single = path + "/" + stem + ".safetensors", index = single + ".index.json";
   const bool directory = exists(path + "/.");

@@ -11,6 +11,7 @@
 #include <sstream>
 #include <thread>
 
+#include "core/rng.h"
 #include "data/corpus.h"
 #include "data/tokenizer.h"
 
@@ -279,7 +280,7 @@ template <class Done> void encode_all(const Job& job, int64_t skip, Done&& done)
   if (unreadable) std::rethrow_exception(unreadable);
 }
 
-// FNV-1a over everything that decides the output; "" for standard input, of which nobody can say
+// A hash of everything that decides the output; "" for standard input, of which nobody can say
 // that it is the same again.
 std::string fingerprint(const Job& job) {
   std::string all =
@@ -289,9 +290,7 @@ std::string fingerprint(const Job& job) {
     if (s.kind == Source::Kind::standard_input) return "";
     all += fmt::format("{}\n{} {}\n", s.path, s.bytes, s.time);
   }
-  uint64_t hash = 0xcbf29ce484222325u;
-  for (const unsigned char c : all) hash = (hash ^ c) * 0x100000001b3u;
-  return fmt::format("{:016x}", hash);
+  return fmt::format("{:016x}", stream_key(0, all));
 }
 
 // PREFIX.tokenize.partial says how far a run has come, PREFIX.tokenize.json what it came to. Both
@@ -307,7 +306,7 @@ void save(const TokenizeResult& r, const std::string& path, const std::string& f
 
 // Whether there is such a file with this fingerprint, and then what it says. Tells of another's.
 bool load(TokenizeResult& r, const std::string& path, const std::string& fingerprint) {
-  if (::access(path.c_str(), F_OK) != 0) return false;
+  if (!exists(path)) return false;
   const Value json = parse_json(read_file(path), path);
   if (fingerprint.empty() || json.at("fingerprint").as_string() != fingerprint) {
     fmt::print(stderr, "{}: from other inputs or options; starting again\n", path);

@@ -17,8 +17,6 @@ namespace fs = std::filesystem;
 
 constexpr int64_t kChunk = 1 << 22;  // elements converted at a time, so that it needs little memory
 
-bool exists(const std::string& path) { return ::access(path.c_str(), F_OK) == 0; }
-
 void remove_tree(const std::string& path) {
   std::error_code ignored;
   fs::remove_all(path, ignored);

@@ -48,7 +48,7 @@ static std::string duration(double seconds) {
 // Rewrites the file without lines after `done_steps` and without a half-written end; gives its
 // path.
 static std::string truncated(const std::string& path, int64_t done_steps) {
-  if (::access(path.c_str(), F_OK) != 0) return path;
+  if (!exists(path)) return path;
   const std::string text = read_file(path);
   std::string kept;
   for (size_t begin = 0, end; (end = text.find('\n', begin)) != text.npos; begin = end + 1) {
