@@ -1,5 +1,6 @@
 #include "engine/metrics.h"
 
+#include <immintrin.h>
 #include <omp.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -60,14 +61,11 @@ static std::string truncated(const std::string& path, int64_t done_steps) {
   return path;
 }
 
-// CRC-32C (Castagnoli, RFC 3720), reflected, a bit at a time: events are small. TFRecord stores it
-// rotated and offset, so that a checksum of a checksum is not degenerate.
+// CRC-32C (Castagnoli, RFC 3720). TFRecord stores it rotated and offset, so that a checksum of a
+// checksum is not degenerate.
 static uint32_t masked_crc(std::string_view bytes) {
   uint32_t c = ~0u;
-  for (const char b : bytes) {
-    c ^= uint8_t(b);
-    for (int bit = 0; bit < 8; ++bit) c = (c >> 1) ^ (c & 1 ? 0x82f63b78u : 0);
-  }
+  for (const char b : bytes) c = _mm_crc32_u8(c, uint8_t(b));
   return ((~c >> 15) | (~c << 17)) + 0xa282ead8u;
 }
 
@@ -103,10 +101,7 @@ static std::string event_record(int64_t step, int field, std::string_view conten
 // In `directory`, which may exist; if it cannot be made, opening the file says why.
 static std::string new_event_file(const std::string& directory) {
   ::mkdir(directory.c_str(), 0777);
-  char host[256] = "";
-  ::gethostname(host, sizeof host - 1);
-  return fmt::format("{}/events.out.tfevents.{:010}.{}.{}", directory, std::time(nullptr), host,
-                     ::getpid());
+  return fmt::format("{}/events.out.tfevents.{:010}.{}", directory, std::time(nullptr), ::getpid());
 }
 
 std::string scalar_event(int64_t step, std::span<const std::pair<std::string, float>> scalars) {
@@ -120,31 +115,28 @@ std::string scalar_event(int64_t step, std::span<const std::pair<std::string, fl
   return event_record(step, 5, summary);  // Event.summary
 }
 
-// Large products after one another.
+// Large products after one another, two to warm up.
 static double gpu_peak_flops(DType dtype) {
-  double seconds = 1;
+  constexpr int64_t kSize = 8192, kCount = 10;
+  double begin = 0;
   if constexpr (cuda::kBuilt) {
-    constexpr int64_t kSize = 8192, kCount = 10;
     const Tensor a = Tensor::zeros({kSize, kSize}, dtype, Device::cuda, "peak");
     Tensor c({kSize, kSize}, dtype, Device::cuda, "peak");
-    for (const int64_t count : {int64_t(2), kCount}) {  // to warm up, to measure
-      const double begin = omp_get_wtime();
-      for (int64_t i = 0; i < count; ++i)
-        cuda::gemm(false, true, kSize, kSize, kSize, a.raw(), a.raw(), dtype, c.raw(), dtype, false,
-                   cuda::stream());
-      cuda::synchronize();
-      seconds = (omp_get_wtime() - begin) / double(count);
+    for (int64_t i = -2; i < kCount; ++i) {
+      if (i == 0) cuda::synchronize();
+      if (i == 0) begin = omp_get_wtime();
+      cuda::gemm(false, true, kSize, kSize, kSize, a.raw(), a.raw(), dtype, c.raw(), dtype, false,
+                 cuda::stream());
     }
+    cuda::synchronize();
   }
-  return 2.0 * 8192 * 8192 * 8192 / seconds;
+  return 2.0 * kSize * kSize * kSize * kCount / (omp_get_wtime() - begin);
 }
 
 double measure_peak_flops(DType dtype, Device device) {
   if (device == Device::cuda) return gpu_peak_flops(dtype);
-  using Clock = std::chrono::steady_clock;
   constexpr int64_t kSize = 512;
-  constexpr double kFlops = 2.0 * kSize * kSize * kSize;
-  constexpr std::chrono::milliseconds kBudget(80);
+  constexpr double kSeconds = 0.08;
   const size_t bytes = size_t(kSize * kSize) * size_of(dtype);
   double total = 0;
   // OpenBLAS, which does fp64, lets one caller in at a time: it gets all threads for one product.
@@ -152,16 +144,16 @@ double measure_peak_flops(DType dtype, Device device) {
   {
     std::vector<unsigned char> a(bytes, 0x3c), b(bytes, 0x3c), c(bytes);  // small positive numbers
     const auto product = [&] {
-      const auto begin = Clock::now();
+      const double begin = omp_get_wtime();
       cpu::gemm(false, false, kSize, kSize, kSize, a.data(), b.data(), dtype, c.data(), dtype,
                 false);
-      return std::chrono::duration<double>(Clock::now() - begin).count();
+      return omp_get_wtime() - begin;
     };
     product();  // touches memory and makes the primitive
-    const auto end = Clock::now() + kBudget;
+    const double end = omp_get_wtime() + kSeconds;
     double fastest = product();
-    while (Clock::now() < end) fastest = std::min(fastest, product());
-    total += kFlops / fastest;
+    while (omp_get_wtime() < end) fastest = std::min(fastest, product());
+    total += 2.0 * kSize * kSize * kSize / fastest;
   }
   return total;
 }
@@ -186,16 +178,12 @@ std::string step_json(const StepMetrics& m) {
   return line.json();
 }
 
-static void append(OutputFile& file, const std::string& text) {
-  file.write(text.data(), text.size());
-}
-
 // Event files are appended to, should two be opened within one second.
 Metrics::Metrics(const RunConfig& run, int64_t done_steps)
     : train_(run.train),
       json_(truncated(run.out + "/metrics.jsonl", done_steps), true),
       events_(new_event_file(run.out + "/tensorboard"), true) {
-  append(events_, event_record(0, 3, "brain.Event:2"));  // Event.file_version
+  events_.write(event_record(0, 3, "brain.Event:2"));  // Event.file_version
 }
 
 void Metrics::log(const StepMetrics& m) {
@@ -204,13 +192,13 @@ void Metrics::log(const StepMetrics& m) {
   const double left = double(std::max<int64_t>(train_.last_step() - m.step, 0));
   const double eta = elapsed.count() / double(++logged_) * left;
   say(stdout, step_line(m, train_.steps, eta) + "\n");
-  append(json_, step_json(m) + '\n');
+  json_.write(step_json(m) + '\n');
 
   std::vector<std::pair<std::string, float>> scalars;
   for_each_scalar(m, [&](auto name, double v, auto) { scalars.emplace_back(name, float(v)); });
   for (const auto& [layer, most] : m.load)
     scalars.emplace_back(fmt::format("load_max/L{:02}", layer), float(most));
-  append(events_, scalar_event(m.step, scalars));
+  events_.write(scalar_event(m.step, scalars));
 }
 
 }  // namespace pith

@@ -49,7 +49,7 @@ class Metrics {
  public:
   // Continues OUT/metrics.jsonl after update `done_steps`: lines of later updates and half-written
   // ones are dropped, atomically. TensorBoard events go to a new file,
-  // OUT/tensorboard/events.out.tfevents.<time>.<host>.<pid>. OUT must exist.
+  // OUT/tensorboard/events.out.tfevents.<time>.<pid>. OUT must exist.
   Metrics(const RunConfig& run, int64_t done_steps);
 
   // Prints the line, whose eta is that of the run's last update, and appends to both files, a line

@@ -59,37 +59,32 @@ static void collect(const Tensor& y, const ExpertOrder& order, Tensor x, bool ad
   });
 }
 
-static void move_on_gpu(const Tensor& from, const ExpertOrder& order, const Tensor& to, bool gather,
-                        bool add, auto stream) {
-  if (gather)
-    cuda::spread_rows(from, order.slots, order.offsets, order.pairs.dim(1), to, add, stream);
-  else
-    cuda::collect_rows(from, order.pairs, to, add, stream);
+// gather: spread; else collect. Each is the other's backward.
+static void move(Op& op, const Tensor& from, const ExpertOrder& order, Op::Into to, bool gather) {
+  cpu::run(
+      op, {.bytes = double(from.nbytes() + to.tensor.nbytes())}, from.dtype(),
+      [&](auto z) {
+        (gather ? spread<decltype(z)> : collect<decltype(z)>)(from, order, to.tensor, to.add);
+      },
+      [&](auto stream) {
+        if (gather)
+          cuda::spread_rows(from, order.slots, order.offsets, order.pairs.dim(1), to.tensor, to.add,
+                            stream);
+        else
+          cuda::collect_rows(from, order.pairs, to.tensor, to.add, stream);
+      });
 }
 
-// gather: spread; else collect. Each is the other's backward.
 static Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const ExpertOrder& order,
                         bool gather, Loc at) {
   Op op(tape, name, at, {{"from", from}, {"pairs", order.pairs}, {"slots", order.slots}});
   const int64_t rows = order.pairs.dim(0), pairs = order.slots.dim(0);
   check_order(op, order, from, gather ? rows : pairs);
   Tensor to = op.output(name, {gather ? pairs : rows, from.dim(1)}, from.dtype());
-  const Cost cost{.bytes = double(from.nbytes() + to.nbytes())};
-  cpu::run(
-      op, cost, from.dtype(),
-      [&](auto z) {
-        (gather ? spread<decltype(z)> : collect<decltype(z)>)(from, order, to, false);
-      },
-      [&](auto stream) { move_on_gpu(from, order, to, gather, false, stream); });
-  op.backward([=](Op& op) {
+  move(op, from, order, {to}, gather);
+  op.backward([=, from = from.identity(), to = to.identity()](Op& op) {
     const Tensor d_to = op.grad(to);
-    if (auto d = op.accumulate(from))
-      cpu::run(
-          op, cost, from.dtype(),
-          [&](auto z) {
-            (gather ? collect<decltype(z)> : spread<decltype(z)>)(d_to, order, d.tensor, d.add);
-          },
-          [&](auto stream) { move_on_gpu(d_to, order, d.tensor, !gather, d.add, stream); });
+    if (const auto d = op.accumulate(from)) move(op, d_to, order, d, !gather);
   });
   return to;
 }
