@@ -3,9 +3,6 @@
 #include <immintrin.h>
 #include <omp.h>
 #include <sys/stat.h>
-#include <unistd.h>
-
-#include <ctime>
 
 #include "core/value.h"
 #include "ops/cuda.h"
@@ -104,56 +101,33 @@ static std::string new_event_file(const std::string& directory) {
   return fmt::format("{}/events.out.tfevents.{:010}.{}", directory, std::time(nullptr), ::getpid());
 }
 
-std::string scalar_event(int64_t step, std::span<const std::pair<std::string, float>> scalars) {
-  std::string summary;
-  for (const auto& [name, value] : scalars) {  // Summary.Value: tag = 1, simple_value = 2 (float)
-    std::string item;
-    put_bytes(item, 1, name);
-    append_raw(item, tag(2, kFixed32), value);
-    put_bytes(summary, 1, item);
-  }
-  return event_record(step, 5, summary);  // Event.summary
-}
-
-// Large products after one another, two to warm up.
-static double gpu_peak_flops(DType dtype) {
-  constexpr int64_t kSize = 8192, kCount = 10;
-  double begin = 0;
-  if constexpr (cuda::kBuilt) {
-    const Tensor a = Tensor::zeros({kSize, kSize}, dtype, Device::cuda, "peak");
-    Tensor c({kSize, kSize}, dtype, Device::cuda, "peak");
-    for (int64_t i = -2; i < kCount; ++i) {
-      if (i == 0) cuda::synchronize();
-      if (i == 0) begin = omp_get_wtime();
-      cuda::gemm(false, true, kSize, kSize, kSize, a.raw(), a.raw(), dtype, c.raw(), dtype, false,
-                 cuda::stream());
-    }
-    cuda::synchronize();
-  }
-  return 2.0 * kSize * kSize * kSize * kCount / (omp_get_wtime() - begin);
-}
-
 double measure_peak_flops(DType dtype, Device device) {
-  if (device == Device::cuda) return gpu_peak_flops(dtype);
-  constexpr int64_t kSize = 512;
-  constexpr double kSeconds = 0.08;
-  const size_t bytes = size_t(kSize * kSize) * size_of(dtype);
+  const bool gpu = device == Device::cuda;
+  const int64_t n = gpu ? 8192 : 512, at_once = gpu ? 10 : 1;
+  const int64_t bytes = n * n * int64_t(size_of(dtype));
+  Tensor on_gpu = gpu ? Tensor::zeros({2 * n, n}, dtype, device, "peak") : Tensor();
   double total = 0;
   // OpenBLAS, which does fp64, lets one caller in at a time: it gets all threads for one product.
-#pragma omp parallel reduction(+ : total) if (dtype != DType::f64)
+#pragma omp parallel reduction(+ : total) if (!gpu && dtype != DType::f64)
   {
-    std::vector<unsigned char> a(bytes, 0x3c), b(bytes, 0x3c), c(bytes);  // small positive numbers
-    const auto product = [&] {
+    std::vector<std::byte> on_cpu(gpu ? 0 : 2 * bytes);
+    std::byte* a = gpu ? static_cast<std::byte*>(on_gpu.raw()) : on_cpu.data();
+    const auto seconds = [&] {
       const double begin = omp_get_wtime();
-      cpu::gemm(false, false, kSize, kSize, kSize, a.data(), b.data(), dtype, c.data(), dtype,
-                false);
-      return omp_get_wtime() - begin;
+      for (int64_t i = 0; i < at_once; ++i) {
+        if (!gpu) cpu::gemm(false, true, n, n, n, a, a, dtype, a + bytes, dtype, false);
+        if constexpr (cuda::kBuilt)
+          if (gpu)
+            cuda::gemm(false, true, n, n, n, a, a, dtype, a + bytes, dtype, false, cuda::stream());
+      }
+      if (gpu) cuda::synchronize();
+      return (omp_get_wtime() - begin) / double(at_once);
     };
-    product();  // touches memory and makes the primitive
-    const double end = omp_get_wtime() + kSeconds;
-    double fastest = product();
-    while (omp_get_wtime() < end) fastest = std::min(fastest, product());
-    total += 2.0 * kSize * kSize * kSize / fastest;
+    seconds();  // touches memory and makes the primitive
+    double fastest = seconds();
+    for (const double end = omp_get_wtime() + 0.08; omp_get_wtime() < end;)
+      fastest = std::min(fastest, seconds());
+    total += 2.0 * double(n * n * n) / fastest;
   }
   return total;
 }
@@ -194,11 +168,16 @@ void Metrics::log(const StepMetrics& m) {
   say(stdout, step_line(m, train_.steps, eta) + "\n");
   json_.write(step_json(m) + '\n');
 
-  std::vector<std::pair<std::string, float>> scalars;
-  for_each_scalar(m, [&](auto name, double v, auto) { scalars.emplace_back(name, float(v)); });
-  for (const auto& [layer, most] : m.load)
-    scalars.emplace_back(fmt::format("load_max/L{:02}", layer), float(most));
-  events_.write(scalar_event(m.step, scalars));
+  std::string summary;
+  const auto add = [&](std::string_view name, double value) {
+    std::string scalar;  // Summary.Value: tag = 1, simple_value = 2 (float)
+    put_bytes(scalar, 1, name);
+    append_raw(scalar, tag(2, kFixed32), float(value));
+    put_bytes(summary, 1, scalar);
+  };
+  for_each_scalar(m, [&](auto name, double value, auto) { add(name, value); });
+  for (const auto& [layer, most] : m.load) add(fmt::format("load_max/L{:02}", layer), most);
+  events_.write(event_record(m.step, 5, summary));  // Event.summary
 }
 
 }  // namespace pith

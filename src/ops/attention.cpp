@@ -47,6 +47,13 @@ struct Problem {
       begin = std::max<int64_t>(begin, document_start.data<int32_t>()[b * s.sequence + i]);
     return {std::min(begin, end), end};
   }
+  // All that some queries see.
+  Range seen(int64_t b, Range queries) const {
+    Range all = seen(b, queries.begin);
+    for (int64_t i = queries.begin; i < queries.end; ++i)
+      all = {std::min(all.begin, seen(b, i).begin), seen(b, i).end};
+    return all;
+  }
   // Useful work: 4 D for every (query, key) pair a causal mask and the window leave, documents not
   // counted.
   double flops() const {
@@ -57,23 +64,14 @@ struct Problem {
   }
 };
 
-// The rows of k/v head `kv` of a sequence that belong to tokens [first, first + count).
+// The rows of k/v head `kv` of a sequence that belong to some tokens.
 struct Block {
   const Problem& n;
-  int64_t batch, kv, first, count, rows;
-  Range keys;  // all that any row sees
-
-  Block(const Problem& n, int64_t kv_of_batch, int64_t index)
-      : n(n),
-        batch(kv_of_batch / n.s.kv_heads),
-        kv(kv_of_batch % n.s.kv_heads),
-        first(index * n.block_tokens()),
-        count(std::min(n.block_tokens(), n.s.sequence - first)),
-        rows(count * n.group()),
-        keys(n.seen(batch, first)) {
-    for (int64_t i = first; i < first + count; ++i)
-      keys = {std::min(keys.begin, n.seen(batch, i).begin), n.seen(batch, i).end};
-  }
+  int64_t kv_of_batch, index;  // of k/v heads, of blocks of rows
+  int64_t batch = kv_of_batch / n.s.kv_heads, kv = kv_of_batch % n.s.kv_heads;
+  Range tokens = {index * n.block_tokens(), std::min((index + 1) * n.block_tokens(), n.s.sequence)};
+  int64_t rows = tokens.count() * n.group();
+  Range keys = n.seen(batch, tokens);
   // f(keys) for one block of keys after the other.
   template <class F> void for_keys(F f) const {
     for (int64_t at = keys.begin; at < keys.end; at += kKeys)
@@ -82,7 +80,7 @@ struct Block {
   // f(row, its scores) for every row, those of keys it does not see set to -inf.
   template <class A, class F> void for_rows(Range at, A* scores, F f) const {
     for (int64_t r = 0; r < rows; ++r, scores += at.count()) {
-      const Range seen = n.seen(batch, first + r / n.group());
+      const Range seen = n.seen(batch, tokens.begin + r / n.group());
       constexpr A never = -std::numeric_limits<A>::infinity();
       std::fill(scores, scores + std::clamp(seen.begin, at.begin, at.end) - at.begin, never);
       std::fill(scores + std::clamp(seen.end, at.begin, at.end) - at.begin, scores + at.count(),
@@ -99,22 +97,17 @@ template <class T> struct Heads {
   int64_t stride, width;  // of a token, of a head
   T* at(int64_t token, int64_t kv) const { return data + token * stride + kv * width; }
 
-  // to = factor * those of `count` tokens
-  void load(int64_t token, int64_t kv, int64_t count, F factor, F* to) const {
-    for (int64_t i = 0; i < count; ++i)
-      cpu::store(to + i * width, false, width,
-                 [=, x = at(token + i, kv)](int64_t j) { return factor * F(x[j]); });
-  }
-  void load(const Block& b, F factor, F* to) const {
-    load(b.batch * b.n.s.sequence + b.first, b.kv, b.count, factor, to);
-  }
-  void load(const Block& b, Range keys, F* to) const {
-    load(b.batch * b.n.keys + keys.begin, b.kv, keys.count(), F(1), to);
+  // to = factor * those of some tokens of the block's sequence; store is the reverse for its own.
+  // (With a cache, where keys are more than the queries, there is one sequence.)
+  void load(const Block& b, Range tokens, F factor, F* to) const {
+    for (int64_t i = tokens.begin; i < tokens.end; ++i, to += width)
+      cpu::store(to, false, width,
+                 [=, x = at(b.batch * b.n.keys + i, b.kv)](int64_t j) { return factor * F(x[j]); });
   }
   void store(const Block& b, F factor, const F* from, bool add) const {
-    for (int64_t i = 0; i < b.count; ++i)
-      cpu::store(at(b.batch * b.n.s.sequence + b.first + i, b.kv), add, width,
-                 [=, x = from + i * width](int64_t j) { return factor * x[j]; });
+    for (int64_t i = b.tokens.begin; i < b.tokens.end; ++i, from += width)
+      cpu::store(at(b.batch * b.n.keys + i, b.kv), add, width,
+                 [=](int64_t j) { return factor * from[j]; });
   }
 };
 
@@ -165,13 +158,13 @@ template <class T, class F>
 void forward(const Block& b, const Qkv<const T>& in, F scale, Heads<T> out, Heads<F> lse,
              const Scratch<F>& s) {
   const int64_t rows = b.rows, dim = b.n.s.head_dim;
-  in.q.load(b, scale, s.q);
+  in.q.load(b, b.tokens, scale, s.q);
   std::fill_n(s.y, rows * dim, F(0));
   std::fill_n(s.top, rows, F(-1e30));  // finite: a row that sees nothing must not give inf - inf
   std::fill_n(s.sum, rows, F(0));
   b.for_keys([&](Range at) {
-    in.k.load(b, at, s.k);
-    in.v.load(b, at, s.v);
+    in.k.load(b, at, 1, s.k);
+    in.v.load(b, at, 1, s.v);
     multiply(false, true, rows, at.count(), dim, s.q, s.k, s.p, false);
     b.for_rows(at, s.p, [&](int64_t r, F* scores) {
       const F before = s.top[r], more = cpu::exp_row(scores, scores, at.count(), s.top[r]);
@@ -204,16 +197,16 @@ void backward(const Block& b, const Qkv<const T>& in, F scale, const Saved<T>& s
               bool add, F* d_keys, F* d_values, const Scratch<F>& s) {
   const int64_t rows = b.rows, dim = b.n.s.head_dim;
   F *lse = s.top, *delta = s.sum, *dq = s.y;
-  in.q.load(b, scale, s.q);
-  saved.out.load(b, 1, s.y);
-  saved.d_out.load(b, 1, s.dy);
-  saved.lse.load(b, 1, lse);
+  in.q.load(b, b.tokens, scale, s.q);
+  saved.out.load(b, b.tokens, 1, s.y);
+  saved.d_out.load(b, b.tokens, 1, s.dy);
+  saved.lse.load(b, b.tokens, 1, lse);
   for (int64_t r = 0; r < rows; ++r) delta[r] = cpu::dot(s.y + r * dim, s.dy + r * dim, dim);
   std::fill_n(dq, rows * dim, F(0));
   b.for_keys([&](Range at) {
     const int64_t count = at.count(), from = at.begin * dim;
-    in.k.load(b, at, s.k);
-    in.v.load(b, at, s.v);
+    in.k.load(b, at, 1, s.k);
+    in.v.load(b, at, 1, s.v);
     multiply(false, true, rows, count, dim, s.q, s.k, s.p, false);
     multiply(false, true, rows, count, dim, s.dy, s.v, s.ds, false);
     b.for_rows(at, s.p, [&](int64_t r, F* p) {
@@ -257,7 +250,7 @@ void backward(const Problem& n, const Qkv<const T>& in, float scale, const Saved
     std::fill_n(dk, size, F(0));
     std::fill_n(dv, size, F(0));
     for (int64_t block = task % parts; block < n.blocks(); block += parts)
-      backward(Block(n, task / parts, block), in, F(scale), saved, to.q, add, dk, dv,
+      backward(Block{n, task / parts, block}, in, F(scale), saved, to.q, add, dk, dv,
                Scratch<F>(n, scratch));
   });
   sum_parts(n, d_kv.row_range(0, n.kv_count()), to.k, add);
@@ -284,7 +277,7 @@ std::pair<Tensor, Tensor> attend(Op& op, const Problem& n, const Tensor& qkv, co
         const Heads<T> out{y.data<T>(), y.dim(1), q.width};
         const Heads<F> lses{lse.data<F>(), s.heads, n.group()};
         for_tasks(n.kv_count() * n.blocks(), [&](int64_t task) {
-          forward<T>(Block(n, task / n.blocks(), task % n.blocks()), {q, k, v}, F(scale), out, lses,
+          forward<T>(Block{n, task / n.blocks(), task % n.blocks()}, {q, k, v}, F(scale), out, lses,
                      Scratch<F>(n, scratch));
         });
       },

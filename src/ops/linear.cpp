@@ -177,18 +177,12 @@ Tensor grouped_linear(Tape& tape, const Tensor& x, Param& w, const Tensor& offse
 }
 
 void flush_wgrads(Context& context, std::span<WgradQueue*> queues) {
-  std::vector<WgradRecord*> records;
+  std::map<Param*, std::vector<WgradRecord*>> by_param;
   for (WgradQueue* queue : queues)
-    for (WgradRecord& r : *queue) records.push_back(&r);
-  for (auto next = records.begin(); next != records.end();)
-    next = std::stable_partition(next, records.end(), [param = (*next)->param](WgradRecord* r) {
-      return r->param == param;
-    });
-  for (size_t i = 0, end; i < records.size(); i = end) {
-    for (end = i + 1; end < records.size() && records[end]->param == records[i]->param;) ++end;
-    const std::span<WgradRecord* const> of_one(&records[i], end - i);
-    run_records(context, of_one);
-    for (WgradRecord* r : of_one)
+    for (WgradRecord& r : *queue) by_param[r.param].push_back(&r);
+  for (const auto& [param, records] : by_param) {
+    run_records(context, records);
+    for (WgradRecord* r : records)
       r->x = r->dy = r->offsets = {};  // the last use: free now, not when the queue is cleared
   }
   for (WgradQueue* queue : queues) queue->clear();
