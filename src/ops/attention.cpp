@@ -301,16 +301,16 @@ void require_shape(const Op& op, const Tensor& qkv, const AttentionShape& s, int
 }  // namespace
 
 Tensor attention(Tape& tape, const Tensor& qkv, const AttentionShape& shape, float scale,
-                 const AttentionMask& mask, Loc at) {
+                 const Tensor& document_start, int64_t window, Loc at) {
   Op op(tape, "attention", at, {{"qkv", qkv}});
-  require_shape(op, qkv, shape, mask.window);
-  const Tensor start = mask.document_start;
-  op.require(!start || (start.shape() == Shape{qkv.dim(0)} && start.dtype() == DType::i32 &&
-                        start.device() == qkv.device()),
+  require_shape(op, qkv, shape, window);
+  op.require(!document_start ||
+                 (document_start.shape() == Shape{qkv.dim(0)} &&
+                  document_start.dtype() == DType::i32 && document_start.device() == qkv.device()),
              "document_start must be int32[{}] on {}, it is {}", qkv.dim(0), name_of(qkv.device()),
-             start.str());
-  const Problem n{shape, shape.sequence, 0, mask.window, start};
-  const bool on_gpu = op.on_gpu() && !start && cuda::attention_fits(qkv, shape);
+             document_start.str());
+  const Problem n{shape, shape.sequence, 0, window, document_start};
+  const bool on_gpu = op.on_gpu() && !document_start && cuda::attention_fits(qkv, shape);
   const auto [y, lse] =
       attend(op, n, qkv, qkv, shape.heads * shape.head_dim, scale, double(qkv.nbytes()), on_gpu);
   op.backward([=, y = y, lse = lse](Op& op) {

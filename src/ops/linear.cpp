@@ -25,9 +25,8 @@ std::vector<Rows> groups_of(const Tensor& x, const Tensor& offsets) {
   return groups;
 }
 
-double flops_of(const Tensor& x, const Tensor& y, const Tensor& offsets) {
-  const bool seen = offsets && offsets.device() == Device::cpu;
-  return 2.0 * (seen ? groups_of(x, offsets).back().end : x.dim(0)) * y.dim(1) * x.dim(1);
+double flops_of(const Tensor& x, const Tensor& y) {
+  return 2.0 * double(x.numel()) * double(y.dim(1));
 }
 
 std::byte* address(Tensor t, int64_t element) {
@@ -92,7 +91,7 @@ void run_records(Context& context, std::span<WgradRecord* const> records) {
     op.require(
         r->x.dim(0) == r->dy.dim(0) && dw.tensor.numel() == groups * r->dy.dim(1) * r->x.dim(1),
         "the record does not fit the gradient {} of {}", dw.tensor.str(), r->param->name);
-    cost.flops += flops_of(r->x, r->dy, r->offsets);
+    cost.flops += flops_of(r->x, r->dy);
     cost.bytes += double(r->x.nbytes() + r->dy.nbytes());
   }
   const auto add = [&](size_t i) { return dw.add || i > 0; };
@@ -134,7 +133,7 @@ Tensor product(Op& op, const Tensor& x, Param& w, const Tensor& offsets, LinearO
   Param* bias = options.bias;
   op.require(!bias || bias->value.shape() == Shape{n}, "the bias must be [{}]", n);
   Tensor y = op.output("y", {x.dim(0), n}, options.out == DType::u8 ? x.dtype() : options.out);
-  const Cost cost{flops_of(x, y, offsets), double(x.nbytes() + m.nbytes() + y.nbytes())};
+  const Cost cost{flops_of(x, y), double(x.nbytes() + m.nbytes() + y.nbytes())};
   op.run(
       cost, [&] { multiply(x, m, true, offsets, y); },
       [&](auto stream) { multiply_on_gpu(x, m, true, offsets, y, stream); });
