@@ -89,33 +89,31 @@ static Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const 
   return to;
 }
 
-// f(pair, its gate and up, weight, slot) for every pair in use; without weights 1 and any slot. The
-// rows of `to` behind them are zeroed unless there is something to add to.
+// f(gate and up, weight, its slot) for every pair in use; without weights 1 and any slot.
 template <class T, class F>
-static void for_pairs(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
-                      Tensor to, bool add, F f) {
+static void for_pairs(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order, F f) {
   using A = Acc<T>;
-  const int64_t used = pairs_in_use(order, gate_up), width = gate_up.dim(1);
-  const T* from = gate_up.data<T>();
   const A* weight_of = weights ? weights.data<A>() : nullptr;
   const int32_t* slots = weights ? order.slots.data<int32_t>() : nullptr;
-  cpu::parallel_rows(used, width / 2, [=](int64_t n) {
-    f(n, from + n * width, slots ? weight_of[slots[n]] : A(1), slots ? slots[n] : 0);
+  cpu::parallel_rows(pairs_in_use(order, gate_up), gate_up.dim(1) / 2, [=](int64_t n) {
+    f(n, weights ? weight_of[slots[n]] : A(1), weights ? slots[n] : 0);
   });
-  if (!add) to.row_range(used, to.dim(0)).fill_zero();
 }
 
 template <class T>
 static void swiglu_forward(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
                            Tensor y) {
   using A = Acc<T>;
-  const auto row = [width = y.dim(1), to = y.data<T>()](int64_t n, const T* gate, A weight,
-                                                        int64_t) {
-    cpu::store(to + n * width, false, width, [=, up = gate + width](int64_t i) {
+  const int64_t width = y.dim(1), used = pairs_in_use(order, y);
+  const T* from = gate_up.data<T>();
+  T* to = y.data<T>();
+  for_pairs<T>(gate_up, weights, order, [=](int64_t n, A weight, int64_t) {
+    const T *gate = from + n * 2 * width, *up = gate + width;
+    cpu::store(to + n * width, false, width, [=](int64_t i) {
       return A(gate[i]) * cpu::sigmoid_of(A(gate[i])) * A(up[i]) * weight;
     });
-  };
-  for_pairs<T>(gate_up, weights, order, y, false, row);
+  });
+  y.row_range(used, y.dim(0)).fill_zero();
 }
 
 // With s = sigmoid(g): silu'(g) = s + g s (1 - s). dweights may be empty. kAdd is a template
@@ -124,12 +122,12 @@ template <class T, bool kAdd>
 static void swiglu_backward(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
                             const Tensor& dy, Tensor d, Tensor dweights) {
   using A = Acc<T>;
-  const int64_t width = dy.dim(1);
+  const int64_t width = dy.dim(1), used = pairs_in_use(order, dy);
   A* dweight_of = dweights ? dweights.data<A>() : nullptr;
-  const T* above = dy.data<T>();
+  const T *from = gate_up.data<T>(), *above = dy.data<T>();
   T* to = d.data<T>();
-  const auto row = [=](int64_t n, const T* gate, A weight, int64_t slot) {
-    const T *up = gate + width, *dout = above + n * width;
+  for_pairs<T>(gate_up, weights, order, [=](int64_t n, A weight, int64_t slot) {
+    const T *gate = from + n * 2 * width, *up = gate + width, *dout = above + n * width;
     T *dgate = to + n * 2 * width, *dup = dgate + width;
     const auto put = [](T& to, A value) { to = T(kAdd ? A(to) + value : value); };
     A sum = 0;
@@ -141,8 +139,8 @@ static void swiglu_backward(const Tensor& gate_up, const Tensor& weights, const 
       put(dup[i], dz * weight * silu);
     }
     if (dweight_of) dweight_of[slot] += sum;
-  };
-  for_pairs<T>(gate_up, weights, order, d, kAdd, row);
+  });
+  if (!kAdd) d.row_range(used, d.dim(0)).fill_zero();
 }
 
 void check_expert_ids(const Tensor& ids, int64_t experts) {
