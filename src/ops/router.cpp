@@ -145,7 +145,7 @@ static Tensor sum_over_tokens(Op& op, const char* name, const Tensor& x, F row, 
         on_gpu(terms, slope, stream);
         cuda::sum_terms(terms, loss, stream);
       });
-  op.backward([=](Op& op) {
+  op.backward([=, x = x.identity(), loss = loss.identity()](Op& op) {
     const Tensor dloss = op.grad(loss);
     if (auto d = op.accumulate(x))
       cpu::run(
@@ -192,7 +192,7 @@ Routing route_top_k(Tape& tape, const Tensor& logits, const RouterRule& rule, co
         if (replay) Tensor(out.ids).copy_from(replay);
         cuda::route_top_k(logits, rule, bias, !replay, out, stream);
       });
-  op.backward([=](Op& op) {
+  op.backward([=, logits = logits.identity()](Op& op) {
     const Tensor dw = op.grad(out.weights), ds = op.grad(out.scores);
     if (auto d = op.accumulate(logits))
       cpu::run(
