@@ -24,7 +24,6 @@ Corpus::Corpus(const std::string& prefix) : prefix_(prefix), data_(prefix + ".bi
   if (code != 4 && code != 8)
     fail_input("{}: dtype code {}, only 4 (int32) and 8 (uint16) are read", file, code);
   token_bytes_ = code == 8 ? 2 : 4;
-  tokens_ = int64_t(data_.bytes().size()) / token_bytes_;
   const auto sequences = load<int64_t>(index, 18), indices = load<int64_t>(index, 26);
   if (sequences < 0 || sequences > size / 12 || indices < 1 || indices > size / 8 ||
       kHeader + 12 * sequences + 8 * indices != size)
@@ -49,26 +48,20 @@ Corpus::Corpus(const std::string& prefix) : prefix_(prefix), data_(prefix + ".bi
     if (first < previous || first > sequences || !ends_well)
       fail_input("{}: document {} begins at sequence {}; they must ascend from 0 to {}", file, d,
                  first, sequences);
-    document_offsets_.push_back(
-        first == sequences ? tokens_ : load<int64_t>(index, offsets + 8 * first) / token_bytes_);
+    const auto offset = first == sequences ? expected : load<int64_t>(index, offsets + 8 * first);
+    document_offsets_.push_back(offset / token_bytes_);
     previous = first;
   }
 }
 
 void Corpus::read(int64_t begin, int64_t count, int32_t* out) const {
-  if (begin < 0 || count < 0 || begin > tokens_ || count > tokens_ - begin)
-    fail("{}: tokens [{}, {} + {}) are outside its {}", prefix_, begin, begin, count, tokens_);
+  if (begin < 0 || count < 0 || begin > tokens() || count > tokens() - begin)
+    fail("{}: tokens [{}, {} + {}) are outside its {}", prefix_, begin, begin, count, tokens());
   const std::byte* from = data_.bytes().data() + begin * token_bytes_;
   if (token_bytes_ == 2)
     std::copy_n(reinterpret_cast<const uint16_t*>(from), count, out);
   else
     std::copy_n(reinterpret_cast<const int32_t*>(from), count, out);
-}
-
-int64_t Corpus::document_of(int64_t token) const {
-  if (token < 0 || token >= tokens_) fail("{}: no token {} of {}", prefix_, token, tokens_);
-  const auto& offsets = document_offsets_;
-  return std::upper_bound(offsets.begin(), offsets.end(), token) - offsets.begin() - 1;
 }
 
 CorpusWriter::CorpusWriter(const std::string& prefix, int64_t vocab_size, int64_t documents,

@@ -101,8 +101,9 @@ void Loader::fill(Batch& batch, int64_t row, Window window) const {
   std::iota(positions, positions + sequence_, 0);
   batch.label_count += sequence_;
   // Document by document: [from, end) in the window.
+  const std::vector<int64_t>& offsets = corpus.document_offsets();
   for (int64_t from = 0, end; document_mask_ && from < sequence_; from = end) {
-    const int64_t next = corpus.document_offset(corpus.document_of(begin + from) + 1) - begin;
+    const int64_t next = *std::ranges::upper_bound(offsets, begin + from) - begin;
     end = std::min(next, sequence_);
     std::fill(at(batch.document_start) + from, at(batch.document_start) + end, int32_t(from));
     std::iota(positions + from, positions + end, 0);
