@@ -1,7 +1,5 @@
 // The program: one subcommand per group of functions in commands.h. The only catch is in main.
 
-#include <unistd.h>
-
 #include <CLI/CLI.hpp>
 
 #include "app/commands.h"
@@ -113,12 +111,10 @@ static void run(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::Success& help) {
     app.exit(help);
-  } catch (const CLI::RequiredError& error) {
+  } catch (const CLI::ParseError& error) {
     if (app.get_subcommands().empty())
       fail_input("{} is no command: pith --help lists them", argc > 1 ? argv[1] : "(none)");
     fail_input("{}: {} (pith {} --help)", argv[1], error.what(), argv[1]);
-  } catch (const CLI::ParseError& error) {
-    fail_input("{}: {} (pith --help lists the commands)", argv[1], error.what());
   }
 }
 

@@ -6,17 +6,18 @@ constexpr char kMagic[] = "MMIDIDX\0";  // nine bytes with the terminator
 constexpr int64_t kHeader = 34;
 
 // Numbers of an index are not aligned.
-template <class T> static T load(const MappedFile& file, int64_t at) {
+template <class T> static T load(const void* data, int64_t at) {
   T value;
-  std::memcpy(&value, file.bytes().data() + at, sizeof value);
+  std::memcpy(&value, static_cast<const char*>(data) + at, sizeof value);
   return value;
 }
 
 Corpus::Corpus(const std::string& prefix) : prefix_(prefix), data_(prefix + ".bin") {
   const std::string file = prefix + ".idx";
-  const MappedFile index(file);
-  const auto size = int64_t(index.bytes().size());
-  if (size < kHeader || std::memcmp(index.bytes().data(), kMagic, 9) != 0)
+  const MappedFile map(file);
+  const std::byte* index = map.bytes().data();
+  const auto size = int64_t(map.bytes().size()), data_size = int64_t(data_.bytes().size());
+  if (size < kHeader || std::memcmp(index, kMagic, 9) != 0)
     fail_input("{}: not a Megatron-LM index (it must begin with MMIDIDX)", file);
   if (const auto version = load<uint64_t>(index, 9); version != 1)
     fail_input("{}: index version {}, only 1 is known", file, version);
@@ -40,8 +41,8 @@ Corpus::Corpus(const std::string& prefix) : prefix_(prefix), data_(prefix + ".bi
                  offset, expected);
     expected += length * token_bytes_;
   }
-  if (expected != int64_t(data_.bytes().size()))
-    fail_input("{}.bin: {} bytes, {} says {}", prefix, data_.bytes().size(), file, expected);
+  if (expected != data_size)
+    fail_input("{}.bin: {} bytes, {} says {}", prefix, data_size, file, expected);
   for (int64_t d = 0; d < indices; ++d) {
     const auto first = load<int64_t>(index, firsts + 8 * d);
     const bool ends_well = (d != 0 || first == 0) && (d != indices - 1 || first == sequences);
@@ -108,19 +109,16 @@ void CorpusWriter::finish() {
   }
   bin_.close();
   lengths_.close();
-  const MappedFile lengths(prefix_ + ".len.partial");
-  OutputFile index(prefix_ + ".idx.partial");
-  std::string header(std::begin(kMagic), std::end(kMagic));
-  append_raw(header, uint64_t(1), uint8_t(token_bytes_ == 2 ? 8 : 4), documents_, documents_ + 1);
-  index.write(header.data(), header.size());
-  index.write(lengths.bytes().data(), lengths.bytes().size());
-  std::vector<int64_t> numbers(size_t(documents_) + 1);
-  for (int64_t d = 0; d < documents_; ++d)
-    numbers[d + 1] = numbers[d] + load<int32_t>(lengths, 4 * d) * int64_t(token_bytes_);
-  index.write(numbers.data(), size_t(documents_) * 8);
-  std::iota(numbers.begin(), numbers.end(), 0);  // each document is one sequence
-  index.write(numbers.data(), numbers.size() * 8);
-  index.close();
+  const std::string lengths = read_file(prefix_ + ".len.partial");
+  std::string index(std::begin(kMagic), std::end(kMagic));
+  append_raw(index, uint64_t(1), uint8_t(token_bytes_ == 2 ? 8 : 4), documents_, documents_ + 1);
+  index += lengths;
+  for (int64_t d = 0, offset = 0; d < documents_; ++d) {
+    append_raw(index, offset);
+    offset += load<int32_t>(lengths.data(), 4 * d) * int64_t(token_bytes_);
+  }
+  for (int64_t d = 0; d <= documents_; ++d) append_raw(index, d);  // each is one sequence
+  write_file_atomic(prefix_ + ".idx.partial", index);
   ::unlink((prefix_ + ".idx").c_str());  // never a new .bin beside an old index
   for (const char* end : {".bin", ".idx"})
     if (std::rename((prefix_ + end + ".partial").c_str(), (prefix_ + end).c_str()) != 0)

@@ -173,12 +173,8 @@ void PreTokenizer::split(std::string_view text, const Sink& piece) const {
 
 void PreTokenizer::run(size_t step, std::string_view piece, const Sink& sink) const {
   if (step == steps_.size()) return sink(piece);
-  if (steps_[step].regex) return run_split(step, piece, sink);
-  run(step + 1, piece[0] == ' ' ? piece : fmt::format(" {}", piece), sink);
-}
-
-void PreTokenizer::run_split(size_t step, std::string_view piece, const Sink& sink) const {
   const Step& how = steps_[step];
+  if (!how.regex) return run(step + 1, piece[0] == ' ' ? piece : fmt::format(" {}", piece), sink);
   size_t begin = 0, end = 0;  // the piece that may still grow; empty if there is none
   bool previous = false;      // was the last segment a match?
   const auto flush = [&] {

@@ -9,7 +9,6 @@
 #include <deque>
 #include <future>
 #include <sstream>
-#include <thread>
 
 #include "core/rng.h"
 #include "data/corpus.h"
@@ -91,52 +90,48 @@ std::vector<Source> find_sources(const TokenizeOptions& o) {
 // The bytes of a plain, gzip or zstd file. zlib hands on what is not gzip as it is.
 class Stream {
  public:
-  explicit Stream(const std::string& path) : path_(path) {
-    file_.reset(path == "-" ? gzdopen(::dup(0), "rb") : gzopen(path.c_str(), "rb"));
+  explicit Stream(const std::string& path)
+      : path_(path),
+        file_(path == "-" ? gzdopen(::dup(0), "rb") : gzopen(path.c_str(), "rb"), &gzclose),
+        zstd_(path.ends_with(".zst") ? ZSTD_createDCtx() : nullptr, &ZSTD_freeDCtx) {
     if (!file_) fail_input("{}: {}", path_, std::strerror(errno));
-    gzbuffer(file_.get(), kBlockBytes);
-    if (path_.ends_with(".zst")) zstd_.reset(ZSTD_createDCtx());
+    gzbuffer(file_.get(), unsigned(block_.size()));
   }
 
-  // Appends up to a megabyte; false at the end.
+  // Appends some more; false at the end.
   bool read(std::string& out) {
-    const size_t n = zstd_ ? read_zstd() : read_file(to_.get(), kChunkBytes);
-    out.append(to_.get(), n);
-    return n > 0;
-  }
-
- private:
-  static constexpr size_t kBlockBytes = size_t(1) << 17;
-
-  size_t read_file(char* to, size_t n) {
-    const int got = gzread(file_.get(), to, unsigned(n));
+    const int n = gzread(file_.get(), block_.data(), unsigned(block_.size()));
     int error = Z_OK;
     const char* message = gzerror(file_.get(), &error);
     if (error == Z_ERRNO) fail_input("{}: {}", path_, std::strerror(errno));
     if (error != Z_OK && error != Z_STREAM_END) fail_input("{}", message);  // it names the file
-    return size_t(got);
+    if (zstd_)
+      unpack(size_t(n), out);
+    else
+      out.append(block_.data(), size_t(n));
+    return n > 0;
   }
 
-  size_t read_zstd() {
-    ZSTD_outBuffer out{to_.get(), kChunkBytes, 0};
-    while (out.pos == 0) {
-      if (in_.pos == in_.size) in_ = {from_.get(), read_file(from_.get(), kBlockBytes), 0};
-      if (in_.size == 0 && in_frame_) fail_input("{}: ends within a zstd frame", path_);
-      if (in_.size == 0) break;
-      const size_t rc = ZSTD_decompressStream(zstd_.get(), &out, &in_);
+ private:
+  void unpack(size_t n, std::string& out) {
+    if (n == 0 && open_) fail_input("{}: ends within a zstd frame", path_);
+    std::array<char, 1 << 16> unpacked;
+    ZSTD_inBuffer from{block_.data(), n, 0};
+    for (bool full = false; from.pos < from.size || (open_ && full);) {
+      ZSTD_outBuffer to{unpacked.data(), unpacked.size(), 0};
+      const size_t rc = ZSTD_decompressStream(zstd_.get(), &to, &from);
       if (ZSTD_isError(rc)) fail_input("{}: {}", path_, ZSTD_getErrorName(rc));
-      in_frame_ = rc != 0;
+      out.append(unpacked.data(), to.pos);
+      full = to.pos == to.size;
+      open_ = rc != 0;
     }
-    return out.pos;
   }
 
   std::string path_;
-  std::unique_ptr<char[]> to_ = std::make_unique_for_overwrite<char[]>(kChunkBytes),
-                          from_ = std::make_unique_for_overwrite<char[]>(kBlockBytes);
-  std::unique_ptr<gzFile_s, int (*)(gzFile_s*)> file_{nullptr, &gzclose};
-  std::unique_ptr<ZSTD_DCtx, size_t (*)(ZSTD_DCtx*)> zstd_{nullptr, &ZSTD_freeDCtx};
-  ZSTD_inBuffer in_{nullptr, 0, 0};
-  bool in_frame_ = false;
+  std::vector<char> block_ = std::vector<char>(1 << 17);
+  std::unique_ptr<gzFile_s, int (*)(gzFile_s*)> file_;
+  std::unique_ptr<ZSTD_DCtx, size_t (*)(ZSTD_DCtx*)> zstd_;
+  bool open_ = false;  // within a frame
 };
 
 // One document, or about a megabyte of lines.
@@ -226,8 +221,7 @@ struct Job {
   // Calls done(batch) for every chunk after the first `skip`, in order. Of several failures the
   // first in the input is thrown.
   void encode_all(int64_t skip, const std::function<void(const Batch&)>& done) const {
-    const size_t cores = std::max(1u, std::thread::hardware_concurrency()),
-                 workers = options.workers ? size_t(options.workers) : cores;
+    const auto workers = size_t(options.workers ? options.workers : omp_get_num_procs());
     // Chunk n is encoded with cache n modulo their number.
     std::vector<PieceCache> caches(workers, PieceCache(1 << 15));
     std::deque<std::future<Batch>> pending;
@@ -255,7 +249,7 @@ struct Job {
   // A hash of everything that decides the output; "" for standard input, of which nobody can say
   // that it is the same again.
   std::string fingerprint() const {
-    std::string all = fmt::format("1\n{}\n{}\n{}\n", read_file(tokenizer.file()), options.text_key,
+    std::string all = fmt::format("2\n{}\n{}\n{}\n", read_file(tokenizer.file()), options.text_key,
                                   options.eos ? *tokenizer.eos_id() : -1);
     for (const Source& s : sources) {
       if (s.path == "-") return "";

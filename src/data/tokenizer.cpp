@@ -88,9 +88,7 @@ Tokenizer::Tokenizer(const std::string& path) {
   read_bpe(json.at("model"));
   if (const Value* v = given(json, "normalizer")) read_normalizer(*v);
   pretokenizer_.emplace(json.at("pre_tokenizer"));
-  const Value& decoder = json.at("decoder");
-  const std::string type = decoder.is_null() ? "null" : decoder.at("type").as_string();
-  if (type != "ByteLevel")
+  if (const std::string& type = json.at("decoder").at("type").as_string(); type != "ByteLevel")
     fail_input("{}: decoder {} is not supported (only ByteLevel)", file_, type);
   if (const Value* v = json.find("added_tokens")) read_added(*v);
 }
@@ -183,11 +181,7 @@ void Tokenizer::read_added(const Value& list) {
     const int32_t own = find(text);
     const auto [it, is_new] = ids.emplace(text, own < 0 ? next : own);
     next += is_new && own < 0;
-    const int32_t id = it->second;
-    if (const Value* said = token.find("id"); said && said->as_int() != id)
-      warn_once(
-          fmt::format("{}: added token {} gets id {}, not {}", file_, text, id, said->as_int()));
-    by_id[id] = &token;
+    by_id[it->second] = &token;
   }
   for (const auto& [id, token] : by_id) {
     const bool normalized = flag(*token, "normalized");
