@@ -8,10 +8,7 @@ Session::Session(const ModelArguments& a, int64_t max_positions, int64_t micro_b
                  bool training, const Value& config)
     : context{.device = parse_device(a.device), .dtype = parse_dtype(a.dtype)},
       model(make_model(config.is_null() ? read_model_config(a.model) : config,
-                       {.dtype = context.dtype,
-                        .device = context.device,
-                        .training = training,
-                        .max_positions = max_positions})),
+                       {context.dtype, context.device, training, max_positions})),
       pipeline(*model, context, {.micro_batch_size = micro_batch_size}) {
   if (config.is_null()) load_weights(model->params, a.model, model->ignored_when_reading);
 }

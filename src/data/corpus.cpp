@@ -67,13 +67,7 @@ void Corpus::read(int64_t begin, int64_t count, int32_t* out) const {
 
 CorpusWriter::CorpusWriter(const std::string& prefix, int64_t vocab_size, int64_t documents,
                            int64_t tokens)
-    : prefix_(prefix),
-      vocab_size_(vocab_size),
-      documents_(documents),
-      tokens_(tokens),
-      token_bytes_(vocab_size < 65500 ? 2 : 4),
-      bin_(prefix + ".bin.partial", true),
-      lengths_(prefix + ".len.partial", true) {
+    : prefix_(prefix), vocab_size_(vocab_size), documents_(documents), tokens_(tokens) {
   const auto holds = [&](const char* end, int64_t bytes) {
     return int64_t(std::filesystem::file_size(prefix + end)) >= bytes;
   };

@@ -52,8 +52,9 @@ class CorpusWriter {
  private:
   std::string prefix_;
   int64_t vocab_size_, documents_, tokens_;
-  int token_bytes_;
-  OutputFile bin_, lengths_;
+  int token_bytes_ = vocab_size_ < 65500 ? 2 : 4;
+  OutputFile bin_ = OutputFile(prefix_ + ".bin.partial", true),
+             lengths_ = OutputFile(prefix_ + ".len.partial", true);
 };
 
 }  // namespace pith

@@ -7,22 +7,16 @@ namespace pith {
 constexpr int32_t kIgnored = -100;
 constexpr double kShares = 1 << 30;  // weights are rounded to integers of about this sum
 
-Loader::Loader(const std::vector<std::pair<std::string, double>>& corpora, int64_t sequence_length,
+Loader::Loader(const std::vector<std::pair<std::string, double>>& corpora, int64_t sequence,
                int64_t vocab_size, bool document_mask, std::optional<uint64_t> seed)
-    : sequence_(sequence_length),
-      vocab_size_(vocab_size),
-      document_mask_(document_mask),
-      seed_(seed) {
+    : sequence_(sequence), vocab_size_(vocab_size), document_mask_(document_mask), seed_(seed) {
   if (corpora.empty()) fail_input("no corpus was given");
-  if (sequence_length < 1)
-    fail_input("sequence_length is {}, it must be at least 1", sequence_length);
+  if (sequence < 1) fail_input("sequence_length is {}, it must be at least 1", sequence);
   double sum = 0;
+  for (const auto& [prefix, weight] : corpora) sum += weight;
   for (const auto& [prefix, weight] : corpora) {
     if (!(weight > 0) || !std::isfinite(weight))
       fail_input("{}: weight is {}, it must be positive", prefix, weight);
-    sum += weight;
-  }
-  for (const auto& [prefix, weight] : corpora) {
     Corpus corpus(prefix);
     const int64_t windows = (corpus.tokens() - 1) / sequence_;
     if (windows < 1)

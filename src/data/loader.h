@@ -17,15 +17,15 @@ struct Batch {
 
 class Loader {
  public:
-  // Corpora with weights per token. Samples are windows of sequence_length + 1 tokens, stride
-  // sequence_length; within a corpus a keyed permutation per epoch. Of the corpora that are behind
+  // Corpora with weights per token. Samples are windows of sequence + 1 tokens, stride
+  // sequence; within a corpus a keyed permutation per epoch. Of the corpora that are behind
   // their weight the one whose next sample is due first takes its turn: after any number of samples
   // each has had its share to within one (Baruah et al., "Proportionate progress", 1996; simply
   // taking the largest deficit can be off by more with many corpora). InputError: a corpus of fewer
-  // than sequence_length + 1 tokens, a weight that is not positive.
+  // than sequence + 1 tokens, a weight that is not positive.
   // Without a seed, for validation: all windows of the corpora in the order given, whatever their
   // weights.
-  Loader(const std::vector<std::pair<std::string, double>>& corpora, int64_t sequence_length,
+  Loader(const std::vector<std::pair<std::string, double>>& corpora, int64_t sequence,
          int64_t vocab_size, bool document_mask, std::optional<uint64_t> seed);
 
   int64_t size() const;  // windows in one epoch of all corpora

@@ -134,12 +134,9 @@ void Tokenizer::read_bpe(const Value& bpe) {
     if (unknown_ < 0 && std::count(byte_id_.begin(), byte_id_.end(), -1))
       fail_input("{}: unk_token {} is not in the vocabulary", file_, v->as_string());
   }
-  read_merges(bpe.at("merges"));
-}
-
-void Tokenizer::read_merges(const Value& list) {
-  merges_.reserve(2 * list.items().size());
-  for (const Value& merge : list.items()) {
+  const std::vector<Value>& merges = bpe.at("merges").items();
+  merges_.reserve(2 * merges.size());
+  for (const Value& merge : merges) {
     std::vector<std::string> tokens;  // left and right, then what they make
     if (merge.is(Value::Kind::string)) {
       if (merge.as_string().starts_with("#version")) continue;
@@ -192,10 +189,7 @@ void Tokenizer::read_added(const Value& list) {
     tokens[static_cast<unsigned char>(text[0])][text] = {
         id, flag(*token, "single_word"), flag(*token, "lstrip"), flag(*token, "rstrip")};
   }
-  find_eos(ids);
-}
 
-void Tokenizer::find_eos(const std::map<std::string, int32_t>& added) {
   std::vector<std::string> names = {"<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>",
                                     "<eos>"};
   const std::filesystem::path config =
@@ -206,8 +200,8 @@ void Tokenizer::find_eos(const std::map<std::string, int32_t>& added) {
     if (token && token->is(Value::Kind::object)) token = given(*token, "content");
     if (token) names.insert(names.begin(), token->as_string());
   }
-  const auto name = std::ranges::find_if(names, [&](auto& n) { return added.contains(n); });
-  if (name != names.end()) eos_ = added.at(*name);
+  const auto name = std::ranges::find_if(names, [&](auto& n) { return ids.contains(n); });
+  if (name != names.end()) eos_ = ids.at(*name);
 }
 
 // Sennrich et al. 2016 (arXiv 1508.07909): merges the adjacent pair of lowest rank, leftmost first,

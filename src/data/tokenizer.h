@@ -50,10 +50,8 @@ class Tokenizer {
   };
 
   void read_bpe(const Value& bpe);
-  void read_merges(const Value& merges);
   void read_normalizer(const Value& spec);
   void read_added(const Value& added);
-  void find_eos(const std::map<std::string, int32_t>& added);
   void set_token(int64_t id, const std::string& text);
   int32_t find(const std::string& text) const;  // in the vocabulary of the model; -1 if not
   void bpe(std::string_view piece, std::vector<int32_t>& out) const;
