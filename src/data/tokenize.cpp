@@ -166,10 +166,11 @@ class ChunkReader {
     rest_.erase(0, cut);
     chunk.first_line = lines ? line_ + 1 : 0;
     line_ += std::count(chunk.text.begin(), chunk.text.end(), '\n');
-    if (more) return true;
-    stream_.reset();
-    line_ = 0;
-    ++at_;
+    if (!more) {
+      stream_.reset();
+      line_ = 0;
+      ++at_;
+    }
     return true;
   }
 

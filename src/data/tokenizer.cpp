@@ -167,7 +167,7 @@ void Tokenizer::read_normalizer(const Value& spec) {
 }
 
 // The library does not read the ids of added tokens: one that the model lacks gets the next free
-// id. Of several with one text the last counts.
+// id. Of several with one text the last counts. The end-of-text token is one of them.
 void Tokenizer::read_added(const Value& list) {
   auto next = int32_t(vocabulary_.size());
   std::map<std::string, int32_t> ids;
