@@ -33,6 +33,13 @@ std::string write(const TempDir& dir, const std::string& name, const std::vector
 
 Ids values(const Tensor& t) { return t ? t.to_vector<int32_t>() : Ids(); }
 
+Loader in_order(const std::vector<std::string>& corpora, int64_t sequence, int64_t vocab,
+                bool document_mask) {
+  std::vector<std::pair<std::string, double>> weighted;
+  for (const std::string& prefix : corpora) weighted.emplace_back(prefix, 1.0);
+  return Loader(weighted, sequence, vocab, document_mask, std::nullopt);
+}
+
 // First token of every row.
 Ids first_tokens(const Batch& b) {
   const Ids tokens = values(b.tokens);
@@ -51,7 +58,7 @@ void expect_equal(const Batch& a, const Batch& b) {
 
 TEST(Loader, WindowsAreConsecutiveTokensAndTheirSuccessors) {
   const TempDir dir;
-  const Loader loader = Loader::sequential({write(dir, "a", {range(10, 12)})}, 4, kVocab, false);
+  const Loader loader = in_order({write(dir, "a", {range(10, 12)})}, 4, kVocab, false);
   EXPECT_EQ(loader.size(), 2);  // (12 - 1) / 4
   const Batch b = loader.batch(0, 2);
   EXPECT_EQ(b.batch, 2);
@@ -170,7 +177,7 @@ TEST(Loader, DocumentMask) {
   std::vector<int64_t> start_of;  // of every token: where its document starts
   for (const Ids& d : documents) start_of.insert(start_of.end(), d.size(), d.front());
   for (int64_t sequence : {1, 2, 5, 8, 40}) {
-    const Loader loader = Loader::sequential({a}, sequence, kVocab, true);
+    const Loader loader = in_order({a}, sequence, kVocab, true);
     for (int64_t i = 0; i < loader.size(); ++i) {
       Ids labels, starts, positions;
       for (int64_t s = 0; s < sequence; ++s) {
@@ -196,10 +203,10 @@ TEST(Loader, DocumentMask) {
   }
 }
 
-TEST(Loader, SequentialGoesThroughTheCorporaInOrder) {
+TEST(Loader, WithoutASeedGoesThroughTheCorporaInOrder) {
   const TempDir dir;
   const std::string a = write(dir, "a", {range(0, 9)}), b = write(dir, "b", {range(100, 13)});
-  const Loader loader = Loader::sequential({a, b}, 4, kVocab, false);
+  const Loader loader = in_order({a, b}, 4, kVocab, false);
   ASSERT_EQ(loader.size(), 5);
   EXPECT_EQ(first_tokens(loader.batch(0, 5)), (Ids{0, 4, 100, 104, 108}));
   EXPECT_EQ(first_tokens(loader.batch(3, 2)), (Ids{104, 108}));
@@ -236,11 +243,11 @@ TEST(Loader, RefusesBadInput) {
   EXPECT_EQ(open({}), "no corpus was given");
   EXPECT_EQ(open({{good, 1}}, 0), "sequence_length is 0, it must be at least 1");
   EXPECT_NE(open({{dir / "missing", 1}}).find(dir / "missing"), std::string::npos);
-  EXPECT_EQ(refusal([&] { Loader::sequential({}, 8, kVocab, false); }), "no corpus was given");
+  EXPECT_EQ(refusal([&] { in_order({}, 8, kVocab, false); }), "no corpus was given");
 
-  EXPECT_EQ(refusal([&] { Loader::sequential({good}, 8, 21, false).batch(0, 3); }),
+  EXPECT_EQ(refusal([&] { in_order({good}, 8, 21, false).batch(0, 3); }),
             good + ": token 21 at position 21 is outside the vocabulary of 21");
-  EXPECT_EQ(refusal([&] { Loader::sequential({good}, 8, 22, false).batch(0, 2); }), "accepted");
+  EXPECT_EQ(refusal([&] { in_order({good}, 8, 22, false).batch(0, 2); }), "accepted");
   EXPECT_EQ(refusal([&] {
               Loader({{ones, 1}}, 2, kVocab, true, 1).batch(2, 2);
             }),

@@ -46,9 +46,10 @@ Strings documents(const std::string& prefix) {
   const Tokenizer t(tokenizer_dir());
   const Corpus c(prefix);
   Strings out;
-  for (int64_t d = 0; d < c.documents(); ++d) {
-    std::vector<int32_t> ids(size_t(c.document_offset(d + 1) - c.document_offset(d)));
-    c.read(c.document_offset(d), int64_t(ids.size()), ids.data());
+  const std::vector<int64_t>& offsets = c.document_offsets();
+  for (size_t d = 0; d + 1 < offsets.size(); ++d) {
+    std::vector<int32_t> ids(size_t(offsets[d + 1] - offsets[d]));
+    c.read(offsets[d], int64_t(ids.size()), ids.data());
     EXPECT_EQ(ids.back(), *t.eos_id());
     ids.pop_back();
     out.push_back(t.decode(ids));

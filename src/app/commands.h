@@ -2,6 +2,9 @@
 // The subcommands of `pith`, one function each. They return the exit code (0 done or PASS, 1 FAIL)
 // and throw InputError (2) or Error (1).
 
+#include "core/safetensors.h"
+#include "data/tokenizer.h"
+#include "engine/checkpoint.h"
 #include "engine/pipeline.h"
 
 namespace pith {
@@ -13,13 +16,10 @@ struct ModelArguments {
 
 // A model ready to run. Its parts refer to one another, so it stays where it is made.
 struct Session {
-  // With parameters that are allocated and not initialized; `training` allocates gradients and
-  // masters.
-  Session(const Value& config, DType dtype, Device device, int64_t max_positions,
-          int64_t micro_batch_size, bool training);
-  // With the weights of a Hugging Face directory. Any device but cpu is refused.
+  // With the weights of a Hugging Face directory, or with a config.json alone and parameters that
+  // are not initialized; `training` allocates gradients and masters.
   Session(const ModelArguments& arguments, int64_t max_positions, int64_t micro_batch_size,
-          bool training);
+          bool training, const Value& config = {});
   Session(const Session&) = delete;
 
   Context context;
@@ -33,7 +33,7 @@ Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& l
                int64_t first_position = 0);
 
 // input_ids and labels (B, S) int64 of a golden file as one batch on the cpu, with ids of `model`.
-Batch golden_batch(const class Safetensors& golden, const std::string& model);
+Batch golden_batch(const Safetensors& golden, const std::string& model);
 
 // One comparison; an error that is not a number is too large.
 struct Row {

@@ -2,8 +2,6 @@
 
 #include <dlfcn.h>
 #include <omp.h>
-#include <sched.h>
-#include <unistd.h>
 
 #include "app/commands.h"
 
@@ -28,11 +26,11 @@ static bool has_flag(const std::string& flag) {
   return (field("/proc/cpuinfo", "flags") + " ").find(" " + flag + " ") != std::string::npos;
 }
 
-// Where the loaded library is whose file name begins with `name`; the full name has the version.
-static std::string loaded_from(const std::string& name) {
+// Where the library in use is whose file name begins with `name`; the full name has the version.
+static std::string place_of(const std::string& name) {
   const std::string maps = read_file("/proc/self/maps");
   const size_t at = maps.find("/" + name), begin = maps.rfind(' ', at) + 1;
-  return at == maps.npos ? "" : maps.substr(begin, maps.find('\n', at) - begin);
+  return at == maps.npos ? "linked statically" : maps.substr(begin, maps.find('\n', at) - begin);
 }
 
 // For GPUs and for several processes: name, file, package.
@@ -51,18 +49,14 @@ int run_doctor() {
   print_row("CPU", field("/proc/cpuinfo", "model name"));
   for (const char* flag : {"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
     print_row(flag, has_flag(flag) ? "yes" : "no");
-  cpu_set_t allowed{};
-  ::sched_getaffinity(0, sizeof allowed, &allowed);
-  print_row("cores", fmt::format("{} of {} usable, {} OpenMP threads", CPU_COUNT(&allowed),
+  print_row("cores", fmt::format("{} of {} usable, {} OpenMP threads", omp_get_num_procs(),
                                  ::sysconf(_SC_NPROCESSORS_ONLN), omp_get_max_threads()));
   print_row("memory", field("/proc/meminfo", "MemTotal") + ", available " +
                           field("/proc/meminfo", "MemAvailable"));
   fmt::print("\nlibraries in use\n");
   for (const char* name : {"libdnnl", "libopenblas", "libgomp", "libonig", "libutf8proc", "libzstd",
-                           "libz.", "libarchive", "libfmt"}) {
-    const std::string place = loaded_from(name);
-    print_row(name, place.empty() ? "linked statically" : place);
-  }
+                           "libz.", "libarchive", "libfmt"})
+    print_row(name, place_of(name));
   fmt::print(
       "\noptional: GPU (nvidia-driver is in Debian non-free, the rest in NVIDIA's apt "
       "repository) and several processes\n");
@@ -70,7 +64,7 @@ int run_doctor() {
   print_row("NVIDIA GPU", gpu ? "with a driver" : "none with a driver");
   for (const auto& [name, file, package] : kOptional)
     print_row(name, ::dlopen(file, RTLD_LAZY)
-                        ? loaded_from(file)
+                        ? place_of(file)
                         : fmt::format("missing: apt-get install {}", package));
 
   // A library that is linked and missing keeps the program from starting; the rest is checked here.

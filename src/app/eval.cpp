@@ -1,12 +1,8 @@
 // pith eval: loss and perplexity on a corpus, multiple choice, or logits for a golden batch.
 
-#include <filesystem>
 #include <sstream>
 
 #include "app/commands.h"
-#include "core/safetensors.h"
-#include "data/tokenizer.h"
-#include "engine/checkpoint.h"
 #include "models/config.h"
 
 namespace pith {
@@ -16,7 +12,7 @@ namespace fs = std::filesystem;
 static int64_t positions_of(const EvalOptions& o, bool as_trained) {
   if (o.sequence_length > 0) return o.sequence_length;
   const std::string run = o.model + "/trainer/run.toml";
-  if (as_trained && fs::exists(run))
+  if (as_trained && exists(run))
     return parse_toml(read_file(run), run).at("data").at("sequence_length").as_int();
   return std::min<int64_t>(
       2048, config_size(read_model_config(o.model), {"max_position_embeddings"}, 2048));
@@ -25,14 +21,13 @@ static int64_t positions_of(const EvalOptions& o, bool as_trained) {
 static void eval_corpus(const EvalOptions& o) {
   const int64_t sequence = positions_of(o, true);
   Session session(o, sequence, o.batch_size, false);
-  const Loader loader =
-      Loader::sequential({o.data}, sequence, session.model->size.vocabulary, false);
-  int64_t end = loader.size();
-  if (o.max_batches > 0) end = std::min(end, o.max_batches * o.batch_size);
+  const Loader loader({{o.data, 1.0}}, sequence, session.model->size.vocabulary, false, {});
+  const int64_t most = o.max_batches > 0 ? o.max_batches * o.batch_size : INT64_MAX,
+                end = std::min(loader.size(), most);
   double loss = 0, labels = 0;
   for (int64_t row = 0; row < end; row += o.batch_size) {
-    const StepSums sums =
-        session.pipeline.evaluate(loader.batch(row, std::min(o.batch_size, end - row)));
+    const Batch batch = loader.batch(row, std::min(o.batch_size, end - row));
+    const StepSums sums = session.pipeline.evaluate(batch);
     loss += sums.loss();
     labels += sums.labels;
   }
@@ -40,20 +35,18 @@ static void eval_corpus(const EvalOptions& o) {
              std::exp(loss / labels), labels);
 }
 
-static bool is_white(char c) { return c == ' ' || c == '\n' || c == '\t' || c == '\r'; }
+constexpr const char* kWhite = " \n\t\r";
 
 // Log-probability of `choice` after `context`, as lm-evaluation-harness has it: one space between
 // the two unless there is white space already, trailing spaces of the context belong to the
 // continuation, and the continuation's ids are those of the whole text after as many ids as the
 // context alone has.
 static double choice_score(Session& session, const Tokenizer& tokenizer, size_t positions,
-                           std::string context, const std::string& choice) {
-  const bool spaced = (!context.empty() && is_white(context.back())) ||
-                      (!choice.empty() && is_white(choice.front()));
-  const std::string text = context + (spaced ? "" : " ") + choice;
-  while (!context.empty() && is_white(context.back())) context.pop_back();
-  std::vector<int32_t> whole = tokenizer.encode(text);
-  size_t begin = tokenizer.encode(context).size();
+                           const std::string& context, const std::string& choice) {
+  const size_t end = context.find_last_not_of(kWhite) + 1;  // npos + 1 is 0
+  const bool spaced = end < context.size() || choice.find_first_of(kWhite) == 0;
+  std::vector<int32_t> whole = tokenizer.encode(context + (spaced ? "" : " ") + choice);
+  size_t begin = tokenizer.encode(context.substr(0, end)).size();
   if (begin == 0) {
     if (!tokenizer.eos_id())
       fail_input("an empty context needs a tokenizer with an end-of-text token");
@@ -79,7 +72,7 @@ static void eval_choices(const EvalOptions& o) {
   int64_t questions = 0, right = 0, right_by_length = 0, number = 0;
   for (std::string line; std::getline(lines, line);) {
     ++number;
-    if (std::ranges::all_of(line, is_white)) continue;
+    if (line.find_first_not_of(kWhite) == line.npos) continue;
     const Value question = parse_json(line, fmt::format("{}:{}", o.choices, number));
     const std::vector<Value>& choices = question.at("choices").items();
     const int64_t answer = question.at("answer").as_int();
@@ -88,8 +81,8 @@ static void eval_choices(const EvalOptions& o) {
     std::vector<double> score, by_length;
     for (const Value& c : choices) {
       const std::string& text = c.as_string();
-      const auto characters =
-          std::ranges::count_if(text, [](char c) { return (c & 0xc0) != 0x80; });
+      const auto continues = [](char c) { return (c & 0xc0) == 0x80; };
+      const auto characters = int64_t(text.size()) - std::ranges::count_if(text, continues);
       score.push_back(choice_score(session, tokenizer, size_t(positions),
                                    question.at("context").as_string(), text));
       by_length.push_back(score.back() / double(std::max<int64_t>(1, characters)));
@@ -122,7 +115,7 @@ static void eval_golden(const EvalOptions& o) {
     writer.add("loss", DType::f32, {1});
     writer.create();
     writer.write("logits", 0, logits);
-    writer.write("loss", 0, Tensor::of<double>({1}, std::vector<double>{loss}));
+    writer.write("loss", 0, wide_scalar(session.context, loss));
     writer.close();
     fs::rename(temporary, out);
   } catch (const std::exception& e) {
@@ -134,11 +127,11 @@ static void eval_golden(const EvalOptions& o) {
 }
 
 void run_eval(const EvalOptions& o) {
-  const int modes = !o.data.empty() + !o.choices.empty() + !o.golden.empty();
-  if (modes != 1)
+  if (!o.data.empty() + !o.choices.empty() + !o.golden.empty() != 1)
     fail_input("eval needs one of --data PREFIX, --choices FILE.jsonl, --golden FILE");
-  if (!o.data.empty()) return eval_corpus(o);
-  return o.choices.empty() ? eval_golden(o) : eval_choices(o);
+  if (!o.data.empty()) eval_corpus(o);
+  if (!o.choices.empty()) eval_choices(o);
+  if (!o.golden.empty()) eval_golden(o);
 }
 
 }  // namespace pith

@@ -2,7 +2,6 @@
 
 #include "app/commands.h"
 #include "core/rng.h"
-#include "data/tokenizer.h"
 
 namespace pith {
 

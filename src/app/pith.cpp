@@ -1,7 +1,5 @@
 // The program: one subcommand per group of functions in commands.h. The only catch is in main.
 
-#include <unistd.h>
-
 #include <CLI/CLI.hpp>
 
 #include "app/commands.h"
@@ -56,7 +54,7 @@ static void add_data_and_training(CLI::App& app) {
   r->add_flag("--dry-run", dry_run, "print the configuration and the memory plan");
 }
 
-static void add_evaluation(CLI::App& app) {
+static void add_model_commands(CLI::App& app) {
   static EvalOptions eval;
   CLI::App* e = app.add_subcommand("eval", "loss, multiple choice, or logits");
   e->callback([] { run_eval(eval); });
@@ -70,29 +68,27 @@ static void add_evaluation(CLI::App& app) {
   e->add_option("--batch-size", eval.batch_size, "sequences at once")->check(CLI::PositiveNumber);
   e->add_option("--max-batches", eval.max_batches, "stop after so many, 0 = all");
 
-  static GenerateOptions o;
+  static GenerateOptions generate;
   CLI::App* g = app.add_subcommand("generate", "text from a model");
-  g->callback([] { run_generate(o); });
-  add_model(g, o)->required();
-  g->add_option("--prompt", o.prompt, "text to continue")->required();
-  g->add_option("--tokens", o.tokens, "at most so many new tokens");
-  g->add_option("--temperature", o.temperature, "0 = always the likeliest token");
-  g->add_option("--top-p", o.top_p, "nucleus");
-  g->add_option("--seed", o.seed, "of the sampling");
-}
+  g->callback([] { run_generate(generate); });
+  add_model(g, generate)->required();
+  g->add_option("--prompt", generate.prompt, "text to continue")->required();
+  g->add_option("--tokens", generate.tokens, "at most so many new tokens");
+  g->add_option("--temperature", generate.temperature, "0 = always the likeliest token");
+  g->add_option("--top-p", generate.top_p, "nucleus");
+  g->add_option("--seed", generate.seed, "of the sampling");
 
-static void add_proofs(CLI::App& app) {
-  static VerifyOptions o;
+  static VerifyOptions verify;
   CLI::App* v = app.add_subcommand(
       "verify", "against golden vectors, cases or another checkpoint: PASS or FAIL");
-  v->callback([] { exit_code = run_verify(o); });
-  add_model(v, o);
-  v->add_option("--golden", o.golden, "golden.safetensors");
-  v->add_option("--tokenizer", o.tokenizer, "tokenizer.json");
-  v->add_option("--cases", o.cases, "cases.json");
-  v->add_option("--checkpoint", o.checkpoint, "step directory");
-  v->add_option("--against", o.against, "step directory");
-  v->add_option("--tolerance", o.tolerance, "see docs/commands.md");
+  v->callback([] { exit_code = run_verify(verify); });
+  add_model(v, verify);
+  v->add_option("--golden", verify.golden, "golden.safetensors");
+  v->add_option("--tokenizer", verify.tokenizer, "tokenizer.json");
+  v->add_option("--cases", verify.cases, "cases.json");
+  v->add_option("--checkpoint", verify.checkpoint, "step directory");
+  v->add_option("--against", verify.against, "step directory");
+  v->add_option("--tolerance", verify.tolerance, "see docs/commands.md");
 
   static std::string config;
   CLI::App* c = app.add_subcommand("check", "a model against itself: PASS or FAIL");
@@ -107,18 +103,15 @@ static void run(int argc, char** argv) {
   app.require_subcommand(1);
   app.option_defaults()->always_capture_default();
   add_data_and_training(app);
-  add_evaluation(app);
-  add_proofs(app);
+  add_model_commands(app);
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& help) {
     app.exit(help);
-  } catch (const CLI::RequiredError& error) {
+  } catch (const CLI::ParseError& error) {
     if (app.get_subcommands().empty())
       fail_input("{} is no command: pith --help lists them", argc > 1 ? argv[1] : "(none)");
     fail_input("{}: {} (pith {} --help)", argv[1], error.what(), argv[1]);
-  } catch (const CLI::ParseError& error) {
-    fail_input("{}: {} (pith --help lists the commands)", argv[1], error.what());
   }
 }
 

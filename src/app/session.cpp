@@ -1,25 +1,16 @@
 // What several subcommands share: a model that runs, batches, and the table of a verdict.
 
 #include "app/commands.h"
-#include "core/safetensors.h"
-#include "engine/checkpoint.h"
 
 namespace pith {
 
-Session::Session(const Value& config, DType dtype, Device device, int64_t max_positions,
-                 int64_t micro_batch_size, bool training)
-    : context{.device = device, .dtype = dtype},
-      model(make_model(config, {.dtype = dtype,
-                                .device = device,
-                                .training = training,
-                                .max_positions = max_positions})),
-      pipeline(*model, context, {.micro_batch_size = micro_batch_size}) {}
-
 Session::Session(const ModelArguments& a, int64_t max_positions, int64_t micro_batch_size,
-                 bool training)
-    : Session(read_model_config(a.model), parse_dtype(a.dtype), parse_device(a.device),
-              max_positions, micro_batch_size, training) {
-  load_weights(model->params, a.model, model->ignored_when_reading);
+                 bool training, const Value& config)
+    : context{.device = parse_device(a.device), .dtype = parse_dtype(a.dtype)},
+      model(make_model(config.is_null() ? read_model_config(a.model) : config,
+                       {context.dtype, context.device, training, max_positions})),
+      pipeline(*model, context, {.micro_batch_size = micro_batch_size}) {
+  if (config.is_null()) load_weights(model->params, a.model, model->ignored_when_reading);
 }
 
 Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& labels, int64_t rows,
@@ -28,12 +19,10 @@ Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& l
   Batch b{.tokens = Tensor::of<int32_t>(flat, tokens), .labels = Tensor::of<int32_t>(flat, labels)};
   b.batch = rows;
   b.sequence = int64_t(tokens.size()) / rows;
-  std::vector<int32_t> positions;
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    positions.push_back(int32_t(first_position + int64_t(i) % b.sequence));
-    b.label_count += labels[i] >= 0;
-  }
-  b.positions = Tensor::of<int32_t>(flat, positions);
+  b.label_count = std::ranges::count_if(labels, [](int32_t id) { return id >= 0; });
+  b.positions = Tensor(flat, DType::i32, Device::cpu, "values");
+  for (int64_t i = 0; i < flat[0]; ++i)
+    b.positions.data<int32_t>()[i] = int32_t(first_position + i % b.sequence);
   return b;
 }
 

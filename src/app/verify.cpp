@@ -2,15 +2,14 @@
 // another.
 
 #include "app/commands.h"
-#include "core/safetensors.h"
-#include "data/tokenizer.h"
-#include "engine/checkpoint.h"
 
 namespace pith {
 namespace {
 
-double one_minus_cosine(const std::vector<double>& a, const std::vector<double>& b) {
-  const auto dot = [](const std::vector<double>& x, const std::vector<double>& y) {
+using Doubles = std::vector<double>;
+
+double one_minus_cosine(const Doubles& a, const Doubles& b) {
+  const auto dot = [](const Doubles& x, const Doubles& y) {
     return std::inner_product(x.begin(), x.end(), y.begin(), 0.0);
   };
   if (dot(a, a) == 0 && dot(b, b) == 0) return 0;
@@ -26,29 +25,25 @@ struct GoldenRun {
   const bool low_precision = session.context.dtype == DType::bf16;
   std::vector<Row> rows = {};
 
-  // The golden `name`, which must have `size` elements, or any number of them for 0.
-  std::vector<double> reference(const std::string& name, size_t size = 0) const {
-    std::vector<double> values = golden.load(name).to_vector<double>();
-    if (size != 0 && values.size() != size)
-      fail_input("{}: {} has {} elements, the model makes {}", golden.path(), name, values.size(),
-                 size);
-    return values;
+  // The golden `name`, which must have `size` elements.
+  Doubles reference(const std::string& name, size_t size) const {
+    if (size_t(golden.entry(name).numel()) != size)
+      fail_input("{}: {} must have {} elements", golden.path(), name, size);
+    return golden.load(name).to_vector<double>();
   }
 
   void logits(const std::vector<Tensor>& replay) {
     MicroBatch mb{batch};
     mb.replay = replay;
-    const std::vector<double> got = session.pipeline.logits(mb).to_vector<double>(),
-                              want = reference("logits", got.size());
+    const Doubles got = session.pipeline.logits(mb).to_vector<double>(),
+                  want = reference("logits", got.size());
     double worst = 0;
     for (size_t i = 0; i < got.size(); ++i)
       if (const double error = std::abs(got[i] - want[i]); !(error <= worst))
         worst = std::isnan(error) ? HUGE_VAL : error;  // so that no later one replaces it
     const auto [low, high] = std::ranges::minmax(want);
-    if (low_precision)
-      rows.push_back({"logits (share of their range)", worst / (high - low), 5e-2});
-    else
-      rows.push_back({"logits (absolute)", worst, 1e-4});
+    rows.push_back(low_precision ? Row{"logits (share of their range)", worst / (high - low), 5e-2}
+                                 : Row{"logits (absolute)", worst, 1e-4});
   }
 
   void gradients(const StepSums& sums) {
@@ -58,18 +53,15 @@ struct GoldenRun {
     for (const auto& [name, entry] : golden.entries()) extra += name.starts_with("grad.");
     for (const auto& p : session.model->params) {
       if (!p->trained()) continue;
-      std::vector<double> grad(size_t(p->numel()), 0.0);
-      if (p->grad_written) grad = p->grad.to_vector<double>();
+      Doubles grad = p->grad.to_vector<double>();
       for (double& g : grad) g /= sums.labels;
       for (const Piece& piece : p->pieces) {
         const std::string name = "grad." + piece.name;
         const auto begin = grad.begin() + piece.begin;
-        const std::vector<double> got(begin, begin + piece.shape.numel()),
-            want = reference(name, got.size());
-        if (low_precision)
-          rows.push_back({name + " (1 - cosine)", one_minus_cosine(got, want), 1e-2});
-        else
-          rows.push_back({name, relative_l2(got, want), 1e-4});
+        const Doubles got(begin, begin + piece.shape.numel()), want = reference(name, got.size());
+        rows.push_back(low_precision
+                           ? Row{name + " (1 - cosine)", one_minus_cosine(got, want), 1e-2}
+                           : Row{name, relative_l2(got, want), 1e-4});
         --extra;
       }
     }
@@ -78,19 +70,19 @@ struct GoldenRun {
 
   // Ten AdamW steps on the one batch: weight decay on every parameter.
   void adamw() {
-    const std::vector<double> losses = reference("adamw.loss"),
-                              norms = reference("adamw.grad_norm", losses.size());
+    const Doubles losses = reference("adamw.loss", 10), norms = reference("adamw.grad_norm", 10);
     RunConfig run;
     run.optimizer = {.lr = 1e-3, .betas = {0.9, 0.95}, .weight_decay = 0.1, .clip_norm = 1.0};
     for (const auto& p : session.model->params) p->decay = true;
     Optimizer optimizer(session.model->params, run, session.context);
+    const auto add = [&](const char* name, size_t step, double got, double want) {
+      rows.push_back({fmt::format("adamw.{}[{}]", name, step), relative_l2({got}, {want}), 1e-4});
+    };
     for (size_t step = 0; step < losses.size(); ++step) {
       const StepSums sums = session.pipeline.train_step(batch);
       optimizer.update(run.optimizer.lr, int64_t(step) + 1, sums.labels);
-      rows.push_back({fmt::format("adamw.loss[{}]", step),
-                      relative_l2({sums.loss() / sums.labels}, {losses[step]}), 1e-4});
-      rows.push_back({fmt::format("adamw.grad_norm[{}]", step),
-                      relative_l2({optimizer.norm().value}, {norms[step]}), 1e-4});
+      add("loss", step, sums.loss() / sums.labels, losses[step]);
+      add("grad_norm", step, optimizer.norm().value, norms[step]);
     }
   }
 };
@@ -109,13 +101,11 @@ std::vector<Tensor> fp32_routing(const std::string& model, const Batch& batch) {
 
 int verify_model(const VerifyOptions& o) {
   GoldenRun run{o};
-  std::vector<Tensor> replay;
-  if (run.low_precision) replay = fp32_routing(o.model, run.batch);
+  const auto replay = run.low_precision ? fp32_routing(o.model, run.batch) : std::vector<Tensor>();
   run.logits(replay);
   run.gradients(run.session.pipeline.train_step(run.batch, false, replay));
   if (!run.low_precision) run.adamw();
-  if (o.tolerance > 0)
-    for (Row& row : run.rows) row.allowed *= o.tolerance / 1e-4;
+  for (Row& row : run.rows) row.allowed *= o.tolerance > 0 ? o.tolerance / 1e-4 : 1;
   return report(std::move(run.rows));
 }
 
@@ -180,13 +170,9 @@ int verify_checkpoint(const VerifyOptions& o) {
 }  // namespace
 
 int run_verify(const VerifyOptions& o) {
-  const auto both = [](const std::string& a, const std::string& b, const char* names) {
-    if (a.empty() != b.empty()) fail_input("verify needs {} together", names);
-    return !a.empty();
-  };
-  if (both(o.checkpoint, o.against, "--checkpoint A and --against B")) return verify_checkpoint(o);
-  if (both(o.tokenizer, o.cases, "--tokenizer FILE and --cases FILE")) return verify_tokenizer(o);
-  if (both(o.model, o.golden, "--model DIR and --golden FILE")) return verify_model(o);
+  if (!o.checkpoint.empty() && !o.against.empty()) return verify_checkpoint(o);
+  if (!o.tokenizer.empty() && !o.cases.empty()) return verify_tokenizer(o);
+  if (!o.model.empty() && !o.golden.empty()) return verify_model(o);
   fail_input(
       "verify needs --model and --golden, --tokenizer and --cases, or --checkpoint and --against");
 }

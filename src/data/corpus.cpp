@@ -6,17 +6,18 @@ constexpr char kMagic[] = "MMIDIDX\0";  // nine bytes with the terminator
 constexpr int64_t kHeader = 34;
 
 // Numbers of an index are not aligned.
-template <class T> static T load(const MappedFile& file, int64_t at) {
+template <class T> static T load(const void* data, int64_t at) {
   T value;
-  std::memcpy(&value, file.bytes().data() + at, sizeof value);
+  std::memcpy(&value, static_cast<const char*>(data) + at, sizeof value);
   return value;
 }
 
 Corpus::Corpus(const std::string& prefix) : prefix_(prefix), data_(prefix + ".bin") {
   const std::string file = prefix + ".idx";
-  const MappedFile index(file);
-  const auto size = int64_t(index.bytes().size());
-  if (size < kHeader || std::memcmp(index.bytes().data(), kMagic, 9) != 0)
+  const MappedFile map(file);
+  const std::byte* index = map.bytes().data();
+  const auto size = int64_t(map.bytes().size()), data_size = int64_t(data_.bytes().size());
+  if (size < kHeader || std::memcmp(index, kMagic, 9) != 0)
     fail_input("{}: not a Megatron-LM index (it must begin with MMIDIDX)", file);
   if (const auto version = load<uint64_t>(index, 9); version != 1)
     fail_input("{}: index version {}, only 1 is known", file, version);
@@ -24,7 +25,6 @@ Corpus::Corpus(const std::string& prefix) : prefix_(prefix), data_(prefix + ".bi
   if (code != 4 && code != 8)
     fail_input("{}: dtype code {}, only 4 (int32) and 8 (uint16) are read", file, code);
   token_bytes_ = code == 8 ? 2 : 4;
-  tokens_ = int64_t(data_.bytes().size()) / token_bytes_;
   const auto sequences = load<int64_t>(index, 18), indices = load<int64_t>(index, 26);
   if (sequences < 0 || sequences > size / 12 || indices < 1 || indices > size / 8 ||
       kHeader + 12 * sequences + 8 * indices != size)
@@ -41,23 +41,23 @@ Corpus::Corpus(const std::string& prefix) : prefix_(prefix), data_(prefix + ".bi
                  offset, expected);
     expected += length * token_bytes_;
   }
-  if (expected != int64_t(data_.bytes().size()))
-    fail_input("{}.bin: {} bytes, {} says {}", prefix, data_.bytes().size(), file, expected);
+  if (expected != data_size)
+    fail_input("{}.bin: {} bytes, {} says {}", prefix, data_size, file, expected);
   for (int64_t d = 0; d < indices; ++d) {
     const auto first = load<int64_t>(index, firsts + 8 * d);
     const bool ends_well = (d != 0 || first == 0) && (d != indices - 1 || first == sequences);
     if (first < previous || first > sequences || !ends_well)
       fail_input("{}: document {} begins at sequence {}; they must ascend from 0 to {}", file, d,
                  first, sequences);
-    document_offsets_.push_back(
-        first == sequences ? tokens_ : load<int64_t>(index, offsets + 8 * first) / token_bytes_);
+    const auto offset = first == sequences ? expected : load<int64_t>(index, offsets + 8 * first);
+    document_offsets_.push_back(offset / token_bytes_);
     previous = first;
   }
 }
 
 void Corpus::read(int64_t begin, int64_t count, int32_t* out) const {
-  if (begin < 0 || count < 0 || begin > tokens_ || count > tokens_ - begin)
-    fail("{}: tokens [{}, {} + {}) are outside its {}", prefix_, begin, begin, count, tokens_);
+  if (begin < 0 || count < 0 || begin > tokens() || count > tokens() - begin)
+    fail("{}: tokens [{}, {} + {}) are outside its {}", prefix_, begin, begin, count, tokens());
   const std::byte* from = data_.bytes().data() + begin * token_bytes_;
   if (token_bytes_ == 2)
     std::copy_n(reinterpret_cast<const uint16_t*>(from), count, out);
@@ -65,21 +65,9 @@ void Corpus::read(int64_t begin, int64_t count, int32_t* out) const {
     std::copy_n(reinterpret_cast<const int32_t*>(from), count, out);
 }
 
-int64_t Corpus::document_of(int64_t token) const {
-  if (token < 0 || token >= tokens_) fail("{}: no token {} of {}", prefix_, token, tokens_);
-  const auto& offsets = document_offsets_;
-  return std::upper_bound(offsets.begin(), offsets.end(), token) - offsets.begin() - 1;
-}
-
 CorpusWriter::CorpusWriter(const std::string& prefix, int64_t vocab_size, int64_t documents,
                            int64_t tokens)
-    : prefix_(prefix),
-      vocab_size_(vocab_size),
-      documents_(documents),
-      tokens_(tokens),
-      token_bytes_(vocab_size < 65500 ? 2 : 4),
-      bin_(prefix + ".bin.partial", true),
-      lengths_(prefix + ".len.partial", true) {
+    : prefix_(prefix), vocab_size_(vocab_size), documents_(documents), tokens_(tokens) {
   const auto holds = [&](const char* end, int64_t bytes) {
     return int64_t(std::filesystem::file_size(prefix + end)) >= bytes;
   };
@@ -115,19 +103,16 @@ void CorpusWriter::finish() {
   }
   bin_.close();
   lengths_.close();
-  const MappedFile lengths(prefix_ + ".len.partial");
-  OutputFile index(prefix_ + ".idx.partial");
-  std::string header(std::begin(kMagic), std::end(kMagic));
-  append_raw(header, uint64_t(1), uint8_t(token_bytes_ == 2 ? 8 : 4), documents_, documents_ + 1);
-  index.write(header.data(), header.size());
-  index.write(lengths.bytes().data(), lengths.bytes().size());
-  std::vector<int64_t> numbers(size_t(documents_) + 1);
-  for (int64_t d = 0; d < documents_; ++d)
-    numbers[d + 1] = numbers[d] + load<int32_t>(lengths, 4 * d) * int64_t(token_bytes_);
-  index.write(numbers.data(), size_t(documents_) * 8);
-  std::iota(numbers.begin(), numbers.end(), 0);  // each document is one sequence
-  index.write(numbers.data(), numbers.size() * 8);
-  index.close();
+  const std::string lengths = read_file(prefix_ + ".len.partial");
+  std::string index(std::begin(kMagic), std::end(kMagic));
+  append_raw(index, uint64_t(1), uint8_t(token_bytes_ == 2 ? 8 : 4), documents_, documents_ + 1);
+  index += lengths;
+  for (int64_t d = 0, offset = 0; d < documents_; ++d) {
+    append_raw(index, offset);
+    offset += load<int32_t>(lengths.data(), 4 * d) * int64_t(token_bytes_);
+  }
+  for (int64_t d = 0; d <= documents_; ++d) append_raw(index, d);  // each is one sequence
+  write_file_atomic(prefix_ + ".idx.partial", index);
   ::unlink((prefix_ + ".idx").c_str());  // never a new .bin beside an old index
   for (const char* end : {".bin", ".idx"})
     if (std::rename((prefix_ + end + ".partial").c_str(), (prefix_ + end).c_str()) != 0)

@@ -16,23 +16,19 @@ class Corpus {
  public:
   explicit Corpus(const std::string& prefix);  // PREFIX.idx and PREFIX.bin
   const std::string& prefix() const { return prefix_; }
-  int64_t documents() const { return int64_t(document_offsets_.size()) - 1; }
-  int64_t tokens() const { return tokens_; }
+  int64_t tokens() const { return document_offsets_.back(); }
+
+  // In tokens, one more than there are documents: where each begins, and the end.
+  const std::vector<int64_t>& document_offsets() const { return document_offsets_; }
 
   // Ids [begin, begin + count) of the concatenated stream into out[count]. Error outside the
   // stream.
   void read(int64_t begin, int64_t count, int32_t* out) const;
 
-  // In tokens. Document d begins at its offset; document_offset(documents()) is tokens().
-  int64_t document_offset(int64_t d) const { return document_offsets_.at(size_t(d)); }
-  // The document a position is in; O(log documents).
-  int64_t document_of(int64_t token) const;
-
  private:
   std::string prefix_;
   MappedFile data_;
   std::vector<int64_t> document_offsets_;
-  int64_t tokens_ = 0;
   int token_bytes_ = 0;  // 2 or 4
 };
 
@@ -56,8 +52,9 @@ class CorpusWriter {
  private:
   std::string prefix_;
   int64_t vocab_size_, documents_, tokens_;
-  int token_bytes_;
-  OutputFile bin_, lengths_;
+  int token_bytes_ = vocab_size_ < 65500 ? 2 : 4;
+  OutputFile bin_ = OutputFile(prefix_ + ".bin.partial", true),
+             lengths_ = OutputFile(prefix_ + ".len.partial", true);
 };
 
 }  // namespace pith

@@ -7,22 +7,16 @@ namespace pith {
 constexpr int32_t kIgnored = -100;
 constexpr double kShares = 1 << 30;  // weights are rounded to integers of about this sum
 
-Loader::Loader(const std::vector<std::pair<std::string, double>>& corpora, int64_t sequence_length,
-               int64_t vocab_size, bool document_mask, uint64_t seed)
-    : sequence_(sequence_length),
-      vocab_size_(vocab_size),
-      document_mask_(document_mask),
-      seed_(seed) {
+Loader::Loader(const std::vector<std::pair<std::string, double>>& corpora, int64_t sequence,
+               int64_t vocab_size, bool document_mask, std::optional<uint64_t> seed)
+    : sequence_(sequence), vocab_size_(vocab_size), document_mask_(document_mask), seed_(seed) {
   if (corpora.empty()) fail_input("no corpus was given");
-  if (sequence_length < 1)
-    fail_input("sequence_length is {}, it must be at least 1", sequence_length);
+  if (sequence < 1) fail_input("sequence_length is {}, it must be at least 1", sequence);
   double sum = 0;
+  for (const auto& [prefix, weight] : corpora) sum += weight;
   for (const auto& [prefix, weight] : corpora) {
     if (!(weight > 0) || !std::isfinite(weight))
       fail_input("{}: weight is {}, it must be positive", prefix, weight);
-    sum += weight;
-  }
-  for (const auto& [prefix, weight] : corpora) {
     Corpus corpus(prefix);
     const int64_t windows = (corpus.tokens() - 1) / sequence_;
     if (windows < 1)
@@ -32,15 +26,6 @@ Loader::Loader(const std::vector<std::pair<std::string, double>>& corpora, int64
     sources_.push_back({std::move(corpus), windows, share});
     shares_ += share;
   }
-}
-
-Loader Loader::sequential(const std::vector<std::string>& corpora, int64_t sequence_length,
-                          int64_t vocab_size, bool document_mask) {
-  std::vector<std::pair<std::string, double>> weighted;
-  for (const std::string& prefix : corpora) weighted.emplace_back(prefix, 1.0);
-  Loader loader(weighted, sequence_length, vocab_size, document_mask, 0);
-  loader.sequential_ = true;
-  return loader;
 }
 
 int64_t Loader::size() const {
@@ -64,30 +49,28 @@ Loader::Source& Loader::next_source() const {
   return *best;
 }
 
-void Loader::move_to(int64_t sample) const {
+// Where the sample is: a corpus, and the window's first token in it.
+std::pair<const Corpus&, int64_t> Loader::window(int64_t sample) const {
+  if (!seed_) {
+    size_t c = 0;
+    while (sample >= sources_[c].windows) sample -= sources_[c++].windows;
+    return {sources_[c].corpus, sample * sequence_};
+  }
   if (sample < position_) {
     position_ = 0;
     for (Source& s : sources_) s.taken = s.lag = 0;
   }
   if (sources_.size() == 1) position_ = sources_[0].taken = sample;
   while (position_ < sample) next_source();
-}
-
-Loader::Window Loader::next_window(int64_t sample) const {
-  if (sequential_) {
-    size_t c = 0;
-    while (sample >= sources_[c].windows) sample -= sources_[c++].windows;
-    return {sources_[c].corpus, sample * sequence_};
-  }
   const Source& s = next_source();
   const int64_t epoch = (s.taken - 1) / s.windows, use = (s.taken - 1) % s.windows;
   const uint64_t key =
-      stream_key(seed_, fmt::format("corpus {} epoch {}", &s - sources_.data(), epoch));
+      stream_key(*seed_, fmt::format("corpus {} epoch {}", &s - sources_.data(), epoch));
   return {s.corpus, int64_t(permute(uint64_t(use), uint64_t(s.windows), key)) * sequence_};
 }
 
-void Loader::fill(Batch& batch, int64_t row, Window window) const {
-  const auto& [corpus, begin] = window;
+void Loader::fill(Batch& batch, int64_t row, int64_t sample) const {
+  const auto& [corpus, begin] = window(sample);
   std::vector<int32_t> ids(size_t(sequence_) + 1);
   corpus.read(begin, sequence_ + 1, ids.data());
   for (int64_t i = 0; i <= sequence_; ++i)
@@ -101,8 +84,9 @@ void Loader::fill(Batch& batch, int64_t row, Window window) const {
   std::iota(positions, positions + sequence_, 0);
   batch.label_count += sequence_;
   // Document by document: [from, end) in the window.
+  const std::vector<int64_t>& offsets = corpus.document_offsets();
   for (int64_t from = 0, end; document_mask_ && from < sequence_; from = end) {
-    const int64_t next = corpus.document_offset(corpus.document_of(begin + from) + 1) - begin;
+    const int64_t next = *std::ranges::upper_bound(offsets, begin + from) - begin;
     end = std::min(next, sequence_);
     std::fill(at(batch.document_start) + from, at(batch.document_start) + end, int32_t(from));
     std::iota(positions + from, positions + end, 0);
@@ -114,15 +98,14 @@ void Loader::fill(Batch& batch, int64_t row, Window window) const {
 
 Batch Loader::batch(int64_t first, int64_t count) const {
   if (first < 0 || count < 1) fail("a batch of {} sequences from {}", count, first);
-  if (sequential_ && first + count > size())
+  if (!seed_ && first + count > size())
     fail("sequences [{}, {}) of {} were asked for", first, first + count, size());
   const auto ids = [&](const char* name) {
     return Tensor({count * sequence_}, DType::i32, Device::cpu, name);
   };
   Batch b{ids("tokens"), ids("labels"), ids("positions"), {}, count, sequence_, 0};
   if (document_mask_) b.document_start = ids("document_start");
-  if (!sequential_) move_to(first);
-  for (int64_t row = 0; row < count; ++row) fill(b, row, next_window(first + row));
+  for (int64_t row = 0; row < count; ++row) fill(b, row, first + row);
   if (b.label_count == 0)
     fail_input("sequences [{}, {}) have no labels: every document in them is one token long", first,
                first + count);

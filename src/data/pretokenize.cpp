@@ -48,9 +48,12 @@ std::string repair_utf8(std::string_view text) {
     const size_t left = text.size() - i;
     utf8proc_int32_t c = 0;
     const auto length = utf8proc_iterate(p, utf8proc_ssize_t(left), &c);
-    if (length < 0) out.append(text, copied, i - copied).append("\xef\xbf\xbd");
-    i += length < 0 ? subpart(p, left) : size_t(length);
-    if (length < 0) copied = i;
+    if (length >= 0) {
+      i += size_t(length);
+      continue;
+    }
+    out.append(text, copied, i - copied).append("\xef\xbf\xbd");
+    copied = i += subpart(p, left);
   }
   return out.append(text, copied);
 }
@@ -68,11 +71,7 @@ std::string normalize_nfc(std::string_view text) {
   return out;
 }
 
-bool is_space(uint32_t c) {
-  const auto category = utf8proc_category(utf8proc_int32_t(c));
-  return (c >= 9 && c <= 13) || c == 0x85 ||
-         (category >= UTF8PROC_CATEGORY_ZS && category <= UTF8PROC_CATEGORY_ZP);
-}
+bool is_space(uint32_t c) { return ONIGENC_IS_CODE_SPACE(ONIG_ENCODING_UTF8, c); }
 
 bool is_word(uint32_t c) {
   const auto category = utf8proc_category(utf8proc_int32_t(c));
@@ -95,13 +94,11 @@ static std::string message(int code, OnigErrorInfo* info = nullptr) {
 
 static std::shared_ptr<regex_t> compile(const std::string& pattern, bool literal,
                                         const std::string& where) {
-  // No limits: a piece may be as long as a document.
+  // No limit, which is the default of the other limits: a piece may be as long as a document.
   [[maybe_unused]] static const bool ready = [] {
     OnigEncoding utf8 = ONIG_ENCODING_UTF8;
     onig_initialize(&utf8, 1);
     onig_set_retry_limit_in_match(ULONG_MAX);
-    onig_set_retry_limit_in_search(0);
-    onig_set_match_stack_limit_size(0);
     return true;
   }();
   OnigErrorInfo info{};
@@ -176,12 +173,8 @@ void PreTokenizer::split(std::string_view text, const Sink& piece) const {
 
 void PreTokenizer::run(size_t step, std::string_view piece, const Sink& sink) const {
   if (step == steps_.size()) return sink(piece);
-  if (steps_[step].regex) return run_split(step, piece, sink);
-  run(step + 1, piece[0] == ' ' ? piece : fmt::format(" {}", piece), sink);
-}
-
-void PreTokenizer::run_split(size_t step, std::string_view piece, const Sink& sink) const {
   const Step& how = steps_[step];
+  if (!how.regex) return run(step + 1, piece[0] == ' ' ? piece : fmt::format(" {}", piece), sink);
   size_t begin = 0, end = 0;  // the piece that may still grow; empty if there is none
   bool previous = false;      // was the last segment a match?
   const auto flush = [&] {

@@ -42,7 +42,6 @@ class PreTokenizer {
   };
   void add(const Value& spec);
   void run(size_t step, std::string_view piece, const Sink& sink) const;
-  void run_split(size_t step, std::string_view piece, const Sink& sink) const;
 
   std::vector<Step> steps_;
   bool byte_level_ = false;

@@ -9,13 +9,6 @@ namespace pith {
 
 constexpr uint32_t kNever = ~0u;  // the rank of a pair that does not merge
 
-// Where the last character of `text` begins.
-static size_t last_character(std::string_view text) {
-  size_t i = text.size() - 1;
-  while (i > 0 && (text[i] & 0xc0) == 0x80) --i;
-  return i;
-}
-
 // Calls found(id) and between(text) for the leftmost-longest matches in `text` and what is between
 // them. As in the library, stripped spaces belong to the match, and a discarded match still uses
 // its text up.
@@ -23,28 +16,31 @@ static void split_at_tokens(const auto& tokens, std::string_view text, auto&& fo
                             auto&& between) {
   const auto is_word_at = [&](size_t i) { return is_word(code_point(text.data() + i)); };
   const auto is_space_at = [&](size_t i) { return is_space(code_point(text.data() + i)); };
+  const auto character_before = [&](size_t i) {
+    do --i;
+    while (i > 0 && (text[i] & 0xc0) == 0x80);
+    return i;
+  };
   size_t done = 0;
   for (size_t at = 0; at < text.size();) {
     const auto& candidates = tokens[static_cast<unsigned char>(text[at])];
-    const auto token = std::find_if(candidates.begin(), candidates.end(), [&](const auto& t) {
-      return text.substr(at).starts_with(t.text);
-    });
-    if (token == candidates.end()) {
+    const auto match = std::ranges::find_if(
+        candidates, [&](const auto& t) { return text.substr(at).starts_with(t.first); });
+    if (match == candidates.end()) {
       ++at;
       continue;
     }
-    size_t begin = at, end = at += token->text.size();
-    if (token->single_word && ((begin > 0 && is_word_at(last_character(text.substr(0, begin)))) ||
-                               (end < text.size() && is_word_at(end))))
+    const auto& [content, token] = *match;
+    size_t begin = at, end = at += content.size();
+    if (token.single_word && ((begin > 0 && is_word_at(character_before(begin))) ||
+                              (end < text.size() && is_word_at(end))))
       continue;
-    for (size_t last; token->lstrip && begin > done; begin = last) {
-      last = last_character(text.substr(0, begin));
-      if (!is_space_at(last)) break;
-    }
-    while (token->rstrip && end < text.size() && is_space_at(end)) end += utf8_length(text[end]);
-    if (token->lstrip) begin = std::max(begin, done);
+    while (token.lstrip && begin > done && is_space_at(character_before(begin)))
+      begin = character_before(begin);
+    while (token.rstrip && end < text.size() && is_space_at(end)) end += utf8_length(text[end]);
+    if (token.lstrip) begin = std::max(begin, done);
     if (done < begin) between(text.substr(done, begin - done));
-    if (begin < end) found(token->id);  // what an earlier match stripped is gone
+    if (begin < end) found(token.id);  // what an earlier match stripped is gone
     done = end;
   }
   if (done < text.size()) between(text.substr(done));
@@ -92,12 +88,9 @@ Tokenizer::Tokenizer(const std::string& path) {
   read_bpe(json.at("model"));
   if (const Value* v = given(json, "normalizer")) read_normalizer(*v);
   pretokenizer_.emplace(json.at("pre_tokenizer"));
-  const Value& decoder = json.at("decoder");
-  const std::string type = decoder.is_null() ? "null" : decoder.at("type").as_string();
-  if (type != "ByteLevel")
+  if (const std::string& type = json.at("decoder").at("type").as_string(); type != "ByteLevel")
     fail_input("{}: decoder {} is not supported (only ByteLevel)", file_, type);
   if (const Value* v = json.find("added_tokens")) read_added(*v);
-  find_eos();
 }
 
 int32_t Tokenizer::find(const std::string& text) const {
@@ -107,17 +100,17 @@ int32_t Tokenizer::find(const std::string& text) const {
 
 void Tokenizer::set_token(int64_t id, const std::string& text) {
   if (id < 0 || id > 1 << 28) fail_input("{}: token id {} is out of range", file_, id);
-  if (size_t(id) >= tokens_.size()) tokens_.resize(size_t(id) + 1);
-  std::string bytes;
+  if (id >= vocab_size()) bytes_.resize(size_t(id) + 1);
+  std::string& bytes = bytes_[size_t(id)];
+  bytes.clear();
   for (size_t i = 0; i < text.size(); i += utf8_length(text[i])) {
     const int byte = byte_of(code_point(text.data() + i));
     if (byte < 0) {  // not a byte-level token: stands for itself
       bytes = text;
-      break;
+      return;
     }
     bytes += char(byte);
   }
-  tokens_[size_t(id)].bytes = bytes;
 }
 
 void Tokenizer::read_bpe(const Value& bpe) {
@@ -126,16 +119,14 @@ void Tokenizer::read_bpe(const Value& bpe) {
   for (const char* key :
        {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"}) {
     const Value* v = given(bpe, key);
-    const std::string text = v ? v->json() : "\"\"";
-    if (text != "\"\"" && text != "false" && text != "0.0" && text != "0")
-      fail_input("{}: {} {} is not supported", file_, key, text);
+    if (v && !std::set<std::string>{"\"\"", "false", "0.0", "0"}.contains(v->json()))
+      fail_input("{}: {} {} is not supported", file_, key, v->json());
   }
   fuse_unknown_ = flag(bpe, "fuse_unk");
   ignore_merges_ = flag(bpe, "ignore_merges");
   for (const auto& [text, id] : bpe.at("vocab").members()) {
     set_token(id.as_int(), text);
     vocabulary_[text] = int32_t(id.as_int());
-    tokens_[size_t(id.as_int())].own = true;
   }
   for (size_t b = 0; b < 256; ++b) byte_id_[b] = find(spelled(std::string(1, char(b))));
   if (const Value* v = given(bpe, "unk_token")) {
@@ -143,12 +134,9 @@ void Tokenizer::read_bpe(const Value& bpe) {
     if (unknown_ < 0 && std::count(byte_id_.begin(), byte_id_.end(), -1))
       fail_input("{}: unk_token {} is not in the vocabulary", file_, v->as_string());
   }
-  read_merges(bpe.at("merges"));
-}
-
-void Tokenizer::read_merges(const Value& list) {
-  merges_.reserve(2 * list.items().size());
-  for (const Value& merge : list.items()) {
+  const std::vector<Value>& merges = bpe.at("merges").items();
+  merges_.reserve(2 * merges.size());
+  for (const Value& merge : merges) {
     std::vector<std::string> tokens;  // left and right, then what they make
     if (merge.is(Value::Kind::string)) {
       if (merge.as_string().starts_with("#version")) continue;
@@ -179,18 +167,17 @@ void Tokenizer::read_normalizer(const Value& spec) {
 }
 
 // The library does not read the ids of added tokens: one that the model lacks gets the next free
-// id. Of several with one text the last counts.
+// id. Of several with one text the last counts. The end-of-text token is one of them.
 void Tokenizer::read_added(const Value& list) {
-  int32_t next = int32_t(vocabulary_.size());
+  auto next = int32_t(vocabulary_.size());
+  std::map<std::string, int32_t> ids;
   std::map<int32_t, const Value*> by_id;
   for (const Value& token : list.items()) {
     const std::string& text = token.at("content").as_string();
     if (text.empty()) continue;
-    const auto [it, is_new] = vocabulary_.emplace(text, next);
-    next += is_new;
-    if (const Value* id = token.find("id"); id && id->as_int() != it->second)
-      warn_once(fmt::format("{}: added token {} gets id {}, not {}", file_, text, it->second,
-                            id->as_int()));
+    const int32_t own = find(text);
+    const auto [it, is_new] = ids.emplace(text, own < 0 ? next : own);
+    next += is_new && own < 0;
     by_id[it->second] = &token;
   }
   for (const auto& [id, token] : by_id) {
@@ -198,42 +185,35 @@ void Tokenizer::read_added(const Value& list) {
     std::string text = token->at("content").as_string();
     if (normalized && nfc_) text = normalize_nfc(text);
     set_token(id, text);
-    tokens_[size_t(id)].added = true;
-    auto& list = (normalized ? normalized_ : raw_)[static_cast<unsigned char>(text[0])];
-    std::erase_if(list, [&](const AddedToken& other) { return other.text == text; });
-    const auto shorter = std::find_if(list.begin(), list.end(), [&](const AddedToken& other) {
-      return other.text.size() < text.size();
-    });
-    list.insert(shorter, {text, id, flag(*token, "single_word"), flag(*token, "lstrip"),
-                          flag(*token, "rstrip")});
+    AddedTokens& tokens = normalized ? normalized_ : raw_;
+    tokens[static_cast<unsigned char>(text[0])][text] = {
+        id, flag(*token, "single_word"), flag(*token, "lstrip"), flag(*token, "rstrip")};
   }
-}
 
-void Tokenizer::find_eos() {
   std::vector<std::string> names = {"<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>",
                                     "<eos>"};
   const std::filesystem::path config =
       std::filesystem::path(file_).replace_filename("tokenizer_config.json");
-  if (std::filesystem::exists(config)) {
+  if (exists(config)) {
     const Value json = parse_json(read_file(config), config);
     const Value* token = given(json, "eos_token");
     if (token && token->is(Value::Kind::object)) token = given(*token, "content");
     if (token) names.insert(names.begin(), token->as_string());
   }
-  for (const std::string& name : names)
-    if (const int32_t id = find(name); !eos_ && id >= 0 && tokens_[size_t(id)].added) eos_ = id;
+  const auto name = std::ranges::find_if(names, [&](auto& n) { return ids.contains(n); });
+  if (name != names.end()) eos_ = ids.at(*name);
 }
 
-struct Tokenizer::Symbol {
-  int32_t id;
-  uint32_t next, previous;  // kNever at the ends
-  uint32_t rank;            // of the pair with the next symbol
-};
-
+// Sennrich et al. 2016 (arXiv 1508.07909): merges the adjacent pair of lowest rank, leftmost first,
+// until none is left.
 void Tokenizer::bpe(std::string_view piece, std::vector<int32_t>& out) const {
-  if (const int32_t id = ignore_merges_ ? find(spelled(piece)) : -1;
-      id >= 0 && tokens_[size_t(id)].own)
-    return out.push_back(id);
+  if (ignore_merges_)
+    if (const int32_t id = find(spelled(piece)); id >= 0) return out.push_back(id);
+  struct Symbol {
+    int32_t id;
+    uint32_t next, previous;  // kNever at the ends
+    uint32_t rank;            // of the pair with the next symbol
+  };
   std::vector<Symbol> symbols;
   bool fusing = false;
   for (const unsigned char c : piece) {
@@ -246,13 +226,6 @@ void Tokenizer::bpe(std::string_view piece, std::vector<int32_t>& out) const {
   }
   if (symbols.empty()) return;
   symbols.back().next = kNever;
-  merge(symbols);
-  for (uint32_t i = 0; i != kNever; i = symbols[i].next) out.push_back(symbols[i].id);
-}
-
-// Sennrich et al. 2016 (arXiv 1508.07909): merges the adjacent pair of lowest rank, leftmost first,
-// until none is left.
-void Tokenizer::merge(std::vector<Symbol>& symbols) const {
   std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> queue;  // rank << 32 | place
   const auto rank_pair = [&](uint32_t i) {
     Symbol& s = symbols[i];
@@ -277,43 +250,35 @@ void Tokenizer::merge(std::vector<Symbol>& symbols) const {
     rank_pair(i);
     if (s.previous != kNever) rank_pair(s.previous);
   }
+  for (uint32_t i = 0; i != kNever; i = symbols[i].next) out.push_back(symbols[i].id);
 }
 
-std::vector<int32_t> Tokenizer::encode(std::string_view text) const {
+std::vector<int32_t> Tokenizer::encode(std::string_view text, PieceCache* cache) const {
+  constexpr size_t kLongest = 64;  // of a piece in the cache
   std::vector<int32_t> ids;
-  Encoder(*this).encode(text, ids);
+  const auto found = [&](int32_t id) { ids.push_back(id); };
+  const auto add_piece = [&](std::string_view piece) {
+    if (!cache || piece.size() > kLongest) return bpe(piece, ids);
+    auto& [known, its_ids] = (*cache)[std::hash<std::string_view>()(piece) % cache->size()];
+    if (known != piece) {
+      known = piece;
+      its_ids.clear();
+      bpe(piece, its_ids);
+    }
+    ids.insert(ids.end(), its_ids.begin(), its_ids.end());
+  };
+  const auto normalized = [&](std::string_view part) { pretokenizer_->split(part, add_piece); };
+  split_at_tokens(raw_, repair_utf8(text), found, [&](std::string_view part) {
+    split_at_tokens(normalized_, nfc_ ? normalize_nfc(part) : part, found, normalized);
+  });
   return ids;
 }
 
 std::string Tokenizer::decode(std::span<const int32_t> ids) const {
   std::string out;
   for (const int32_t id : ids)
-    if (id >= 0 && id < vocab_size()) out += tokens_[size_t(id)].bytes;
+    if (id >= 0 && id < vocab_size()) out += bytes_[size_t(id)];
   return repair_utf8(out);
-}
-
-void Encoder::encode(std::string_view text, std::vector<int32_t>& out) {
-  const Tokenizer& t = tokenizer_;
-  const auto add_id = [&](int32_t id) { out.push_back(id); };
-  const auto add_piece = [&](std::string_view piece) { encode_piece(piece, out); };
-  const auto add_normalized = [&](std::string_view part) {
-    t.pretokenizer_->split(part, add_piece);
-  };
-  split_at_tokens(t.raw_, repair_utf8(text), add_id, [&](std::string_view part) {
-    split_at_tokens(t.normalized_, t.nfc_ ? normalize_nfc(part) : part, add_id, add_normalized);
-  });
-}
-
-void Encoder::encode_piece(std::string_view piece, std::vector<int32_t>& out) {
-  constexpr size_t kLongest = 64;
-  if (piece.size() > kLongest) return tokenizer_.bpe(piece, out);
-  Cached& cached = cache_[std::hash<std::string_view>()(piece) % cache_.size()];
-  if (cached.piece != piece) {
-    cached.piece = piece;
-    cached.ids.clear();
-    tokenizer_.bpe(piece, cached.ids);
-  }
-  out.insert(out.end(), cached.ids.begin(), cached.ids.end());
 }
 
 }  // namespace pith

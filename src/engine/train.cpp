@@ -73,9 +73,11 @@ struct Trainer {
 
   // From the newest checkpoint, the weights of a directory or random ones; gives the updates done.
   int64_t start() {
+    std::vector<WeightedCorpus> corpora;
+    for (const std::string& prefix : run.data.validation) corpora.emplace_back(prefix, 1.0);
     if (run.eval.every > 0)
-      validation.emplace(Loader::sequential(run.data.validation, run.data.sequence_length,
-                                            model->size.vocabulary, run.data.document_mask));
+      validation.emplace(corpora, run.data.sequence_length, model->size.vocabulary,
+                         run.data.document_mask, std::nullopt);
     const std::string last = Checkpoints::latest(run.out);
     if (!last.empty()) {
       const int64_t step = checkpoints.load(last);

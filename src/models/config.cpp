@@ -53,9 +53,8 @@ Value rope_parameters(const Value& config) {
 }
 
 struct Rope {
-  Value parameters;
-  std::string type;
-  double theta, factor = 1, attention_factor = 1, original_positions = 0;
+  std::vector<float> frequencies;  // of the channel pairs
+  double attention_factor = 1;     // of cos and sin
 };
 
 double yarn_attention_factor(const Value& p, double factor) {
@@ -65,73 +64,68 @@ double yarn_attention_factor(const Value& p, double factor) {
   return config_real(p, "attention_factor", both ? scale(mscale) / scale(all_dim) : scale(1));
 }
 
-Rope read_rope(const Value& config) {
+Rope read_rope(const Value& config, int64_t dim) {
   const Value p = rope_parameters(config);
-  Rope rope{p, p.at("rope_type").as_string(), p.at("rope_theta").as_real()};
+  const std::string& type = p.at("rope_type").as_string();
+  const bool linear = type == "linear", yarn = type == "yarn", llama3 = type == "llama3";
   config_only(p, "partial_rotary_factor", 1.0);
-  if (rope.type == "default") return rope;
-  if (rope.type != "linear" && rope.type != "yarn" && rope.type != "llama3")
+  if (!linear && !yarn && !llama3 && type != "default")
     fail_input("{}: rope_type '{}' is not supported: use default, linear, yarn or llama3",
-               p.where(), rope.type);
-  const double limit = config_real(config, "max_position_embeddings", 0);
-  rope.original_positions = config_real(config, "original_max_position_embeddings",
-                                        config_real(p, "original_max_position_embeddings", limit));
-  if (rope.type != "linear" && rope.original_positions <= 0)
-    fail_input("{}: rope_type {} needs original_max_position_embeddings", p.where(), rope.type);
-  rope.factor = config_real(p, "factor", rope.type == "yarn" ? limit / rope.original_positions : 0);
-  if (!(rope.factor >= 1))
-    fail_input("{}: factor is {}: use a number of at least 1", p.where(), rope.factor);
-  if (rope.type == "yarn") rope.attention_factor = yarn_attention_factor(p, rope.factor);
-  return rope;
-}
+               p.where(), type);
+  const double theta = p.at("rope_theta").as_real(),
+               limit = config_real(config, "max_position_embeddings", 0),
+               given = config_real(p, "original_max_position_embeddings", limit),
+               original = config_real(config, "original_max_position_embeddings", given),
+               factor =
+                   type == "default" ? 1 : config_real(p, "factor", yarn ? limit / original : 0);
+  if ((yarn || llama3) && original <= 0)
+    fail_input("{}: rope_type {} needs original_max_position_embeddings", p.where(), type);
+  if (!(factor >= 1)) fail_input("{}: factor is {}: use a number of at least 1", p.where(), factor);
 
-// `f` is the unscaled frequency of channel pair i.
-double yarn_frequency(const Rope& r, int64_t dim, int64_t i, double f) {
-  const auto correction = [&](double rotations) {
-    return dim * std::log(r.original_positions / (rotations * 2 * std::numbers::pi)) /
-           (2 * std::log(r.theta));
+  // Yarn: the pair that makes so many turns in the original positions. The frequencies of pairs
+  // below `low` are kept, those above `high` divided.
+  const auto pair_of = [&](const char* key, double fallback) {
+    const double turns = config_real(p, key, fallback);
+    return dim * std::log(original / (turns * 2 * std::numbers::pi)) / (2 * std::log(theta));
   };
-  double low = correction(config_real(r.parameters, "beta_fast", 32));
-  double high = correction(config_real(r.parameters, "beta_slow", 1));
-  if (config_flag(r.parameters, "truncate", true)) low = std::floor(low), high = std::ceil(high);
+  double low = pair_of("beta_fast", 32), high = pair_of("beta_slow", 1);
+  if (config_flag(p, "truncate", true)) low = std::floor(low), high = std::ceil(high);
   low = std::max(low, 0.0);
   high = std::min(high, double(dim - 1));
   if (low == high) high += 0.001;
-  // 1 for fast pairs, 0 for slow ones.
-  const double keep = 1 - std::clamp((double(i) - low) / (high - low), 0.0, 1.0);
-  return f / r.factor * (1 - keep) + f * keep;
-}
 
-double llama3_frequency(const Rope& r, double f) {
-  const double low = config_real(r.parameters, "low_freq_factor", 1),
-               high = config_real(r.parameters, "high_freq_factor", 4),
-               wavelength = 2 * std::numbers::pi / f;
-  if (wavelength < r.original_positions / high) return f;
-  if (wavelength > r.original_positions / low) return f / r.factor;
-  const double smooth = (r.original_positions / wavelength - low) / (high - low);
-  return (1 - smooth) * f / r.factor + smooth * f;
+  Rope rope;
+  if (yarn) rope.attention_factor = yarn_attention_factor(p, factor);
+  for (int64_t i = 0; i < dim / 2; ++i) {
+    const double f = 1.0f / float(std::pow(float(theta), float(2 * i) / float(dim)));
+    double keep = 0;  // the share of f that is not divided
+    if (yarn) keep = 1 - std::clamp((double(i) - low) / (high - low), 0.0, 1.0);
+    if (llama3) {
+      const double slow = config_real(p, "low_freq_factor", 1),
+                   fast = config_real(p, "high_freq_factor", 4),
+                   turns = original / (2 * std::numbers::pi / f);
+      keep = std::clamp((turns - slow) / (fast - slow), 0.0, 1.0);
+    }
+    rope.frequencies.push_back(float(f / factor * (1 - keep) + f * keep));
+  }
+  return rope;
 }
 
 }  // namespace
 
 RopeTable make_rope_table(const Value& config, int64_t dim, int64_t positions, DType dtype,
                           Device device) {
-  const Rope r = read_rope(config);
+  const Rope rope = read_rope(config, dim);
   const Shape shape{positions, dim / 2};
   RopeTable table{Tensor(shape, dtype, device, "rope"), Tensor(shape, dtype, device, "rope")};
   if (device == Device::meta) return table;
-  std::vector<double> cos(shape.numel()), sin(shape.numel());
-  for (int64_t i = 0; i < dim / 2; ++i) {
-    const double base = 1.0f / float(std::pow(float(r.theta), float(2 * i) / float(dim)));
-    const float frequency = float(r.type == "yarn"     ? yarn_frequency(r, dim, i, base)
-                                  : r.type == "llama3" ? llama3_frequency(r, base)
-                                                       : base / r.factor);
-    for (int64_t p = 0; p < positions; ++p) {
+  std::vector<double> cos, sin;
+  for (int64_t p = 0; p < positions; ++p)
+    for (const float frequency : rope.frequencies) {
       const float angle = float(p) * frequency;
-      cos[p * (dim / 2) + i] = std::cos(double(angle)) * r.attention_factor;
-      sin[p * (dim / 2) + i] = std::sin(double(angle)) * r.attention_factor;
+      cos.push_back(std::cos(double(angle)) * rope.attention_factor);
+      sin.push_back(std::sin(double(angle)) * rope.attention_factor);
     }
-  }
   table.cos.copy_from(Tensor::of<double>(shape, cos));
   table.sin.copy_from(Tensor::of<double>(shape, sin));
   return table;
