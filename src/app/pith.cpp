@@ -81,6 +81,30 @@ static void add_evaluation(CLI::App& app) {
   g->add_option("--seed", o.seed, "of the sampling");
 }
 
+static void add_bench(CLI::App& app) {
+  static BenchOptions o;
+  CLI::App* b = app.add_subcommand("bench", "speed against ceilings measured in the same run");
+  b->require_subcommand(1);
+  CLI::App* t = b->add_subcommand("train", "training steps of a workload, on random tokens");
+  t->callback([] { bench_train(o); });
+  t->add_option("--workload", o.workload, "W1 ... W6 or tiny")->required();
+  t->add_option("--steps", o.steps, "to be timed")->check(CLI::PositiveNumber);
+  t->add_option("--warmup", o.warmup, "before them")->check(CLI::PositiveNumber);
+  t->add_option("--routing", o.routing, "balanced or real")
+      ->check(CLI::IsMember({"balanced", "real"}));
+  t->add_option("--model", o.model, "this Hugging Face directory in place of random weights");
+  t->add_option("--trace", o.trace, "timeline of one more step: FILE, FILE.csv, FILE.stages.csv");
+  t->add_option("overrides", o.overrides, "section.key=value ...");
+  CLI::App* p = b->add_subcommand("ops", "every operator, forward and backward");
+  p->callback([] { bench_ops(o); });
+  p->add_option("--filter", o.filter, "only operators with this in their name");
+  p->add_option("--dtype", o.dtype, "fp64, fp32 or bf16");
+  for (CLI::App* sub : {t, p}) {
+    sub->add_option("--device", o.device, "cpu, cuda or auto");
+    sub->add_option("--json", o.json, "file for the results");
+  }
+}
+
 static void add_proofs(CLI::App& app) {
   static VerifyOptions o;
   CLI::App* v = app.add_subcommand(
@@ -108,6 +132,7 @@ static void run(int argc, char** argv) {
   app.option_defaults()->always_capture_default();
   add_data_and_training(app);
   add_evaluation(app);
+  add_bench(app);
   add_proofs(app);
   try {
     app.parse(argc, argv);

@@ -106,8 +106,9 @@ void fill_zero(void*, size_t) { refuse(); }
 bool convert(void*, DType, const void*, DType, int64_t) { refuse(); }
 bool add(void*, const void*, DType, int64_t) { refuse(); }
 void start_timeline() { refuse(); }
-void begin_tag(uint64_t) { refuse(); }
+void begin_tag(uint64_t, const char*) { refuse(); }
 void end_tag() { refuse(); }
+void enter_range(const std::string&) { refuse(); }
 Timeline stop_timeline() { refuse(); }
 void synchronize() { refuse(); }
 

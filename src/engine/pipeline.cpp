@@ -58,12 +58,14 @@ Pipeline::Pipeline(Model& model, Context& context, const TrainConfig& train)
 void Pipeline::forward_layer(Record& r, int64_t layer) {
   LayerRecord& l = r.layers.back();
   leaf(l.stage1, l.in);
+  context_.enter("stage1_attention_router", layer);
   l.s1 = model_.stage1_attention_router(l.stage1, layer, l.in, r.mb);
   Tensor combined;
   if (l.s1.rows) {
     l.received = stage2_dispatch(l.s1);
     l.stage3.leaf(l.received.rows);
     l.stage3.leaf(l.received.weights);
+    context_.enter("stage3_experts", layer);
     l.sums = model_.stage3_experts(l.stage3, layer, l.received);
     combined = stage4_combine(l.sums);
   }
@@ -78,6 +80,7 @@ Pipeline::Record Pipeline::forward(const MicroBatch& mb, WgradQueue* queue) {
   if (mb.labels) r.mb.labels = mb.labels.on(context_.device);
   if (mb.document_start) r.mb.document_start = mb.document_start.on(context_.device);
   for (Tensor& ids : r.mb.replay) ids = ids.on(context_.device);
+  context_.enter("embed");
   r.embedded = r.last = model_.embed(r.embed, r.mb);
   for (int64_t layer = 0; layer < model_.size.layers; ++layer) {
     if (!queue) r.layers.clear();
@@ -85,6 +88,7 @@ Pipeline::Record Pipeline::forward(const MicroBatch& mb, WgradQueue* queue) {
     forward_layer(r, layer);
   }
   leaf(r.head, r.last);
+  context_.enter("head");
   return r;
 }
 
@@ -101,12 +105,14 @@ Carry Pipeline::backward_layer(Record& r, int64_t layer, Carry d_out) {
   (moe ? l.stage3 : l.stage1).set_grad(moe ? std::exchange(l.sums, {}) : l.s1.delta, d_out.delta);
   d_out = {};
   if (moe) {
+    context_.enter("stage3_experts", layer);
     l.stage3.backward();
     l.stage1.set_grad(l.s1.rows, l.stage3.take_grad(l.received.rows));
     l.stage1.set_grad(l.s1.weights, l.stage3.take_grad(l.received.weights));
   }
   l.s1 = {};
   l.received = {};
+  context_.enter("stage1_attention_router", layer);
   l.stage1.backward();
   return take_grad(l.stage1, l.in);
 }
@@ -121,6 +127,7 @@ void Pipeline::backward(Record& r) {
     r.layers.pop_back();
     if (train_.wgrad_micro_batches == 1) flush();
   }
+  context_.enter("embed");
   r.embed.set_grad(r.embedded.hidden, d.hidden);
   r.embed.backward();
 }
@@ -128,6 +135,7 @@ void Pipeline::backward(Record& r) {
 void Pipeline::flush() {
   std::vector<WgradQueue*> queues;
   for (WgradQueue& q : queues_) queues.push_back(&q);
+  context_.enter("wgrad", context_.layer);
   flush_wgrads(context_, queues);
 }
 
