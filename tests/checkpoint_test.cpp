@@ -104,14 +104,22 @@ struct Trainer {
 
   std::vector<Tensor> tensors() {
     std::vector<Tensor> all;
-    for (const auto& p : model.params) all.push_back(p->master);
+    for (const auto& p : model.params)
+      for (const Tensor& t : {p->value, p->rest})
+        if (t) all.push_back(t);
     for (const auto& s : optimizer.states()) all.push_back(s.tensor);
     return all;
   }
   void fill(int64_t step) {
     uint64_t key = uint64_t(step) * 1000;
-    for (Tensor& t : tensors()) fill_normal(t, ++key, 0, 1.0);
-    model.params.sync_values();
+    const auto random = [&](const Tensor& like) {
+      const DType dtype = master_dtype(like.dtype());
+      Tensor t(like.shape(), dtype, Device::cpu, "random");
+      fill_normal(t, ++key, 0, 1.0);
+      return t;
+    };
+    for (const auto& p : model.params) p->set_master(random(p->value));
+    for (const auto& s : optimizer.states()) Tensor(s.tensor).copy_from(random(s.tensor));
   }
   void save(int64_t step) {
     fill(step);
@@ -239,7 +247,7 @@ TEST(Checkpoint, IsAHuggingFaceDirectory) {
                 "model.norm.weight"}));
   // Expert 1's up_proj is the last of four blocks of 3 x 16.
   const Tensor up = model.load(layer + "mlp.experts.1.up_proj.weight");
-  const Tensor& master = r.model.params.find("experts.gate_up").master;
+  const Tensor master = r.model.params.find("experts.gate_up").master();
   for (int i = 0; i < 48; ++i)
     EXPECT_EQ(float(up.data<bf16>()[i]), float(bf16(master.data<float>()[3 * 48 + i]))) << i;
 
@@ -301,15 +309,15 @@ TEST(Checkpoint, LoadsWeightsByName) {
   Trainer r(config_for(dir));
   r.save(5);
   Toy fresh(DType::bf16);
-  Tensor& bias = fresh.params.find(kBias).master;
+  Tensor& bias = fresh.params.find(kBias).value;
   bias.fill_zero();
   load_weights(fresh.params, dir / "step-00000005", {});
   for (const auto& p : r.model.params) {
     if (!p->exported) continue;
     const Param& q = fresh.params.find(p->name);
-    const Tensor rounded = p->master.to(DType::bf16, "test");
+    const Tensor rounded = p->master().to(DType::bf16, "test");
     EXPECT_EQ(0, std::memcmp(q.value.raw(), rounded.raw(), rounded.nbytes())) << p->name;
-    EXPECT_EQ(q.master.to_vector<float>(), rounded.to_vector<float>()) << p->name;
+    EXPECT_EQ(q.master().to_vector<float>(), rounded.to_vector<float>()) << p->name;
   }
   EXPECT_EQ(bias.to_vector<float>(), (std::vector<float>{0, 0}));
 
@@ -320,8 +328,8 @@ TEST(Checkpoint, LoadsWeightsByName) {
   Toy other(DType::f64);
   load_weights(other.params, stacked / "step-00000005", {});
   EXPECT_EQ(
-      other.params.find("experts.gate_up").master.to_vector<float>(),
-      s.model.params.find("experts.gate_up").master.to(DType::bf16, "test").to_vector<float>());
+      other.params.find("experts.gate_up").master().to_vector<float>(),
+      s.model.params.find("experts.gate_up").master().to(DType::bf16, "test").to_vector<float>());
 }
 
 // A model directory with the toy's tensors, edited by `change(name, shape)`; false leaves the

@@ -42,7 +42,6 @@ Run run_case(const OpCase& c, const Values& x, const Values& w, DType dtype, boo
   for (size_t i = 0; i < w.size(); ++i) {
     params.push_back(make_param("w" + std::to_string(i), c.params[i], dtype, test_device()));
     params.back()->value.copy_from(tensor_of(w[i], c.params[i], dtype));
-    params.back()->master.copy_from(params.back()->value);
   }
   Run r;
   for (int repeat = 0; repeat < repeats; ++repeat) {
@@ -154,8 +153,6 @@ std::unique_ptr<Param> make_param(const std::string& name, Shape shape, DType co
   p->name = name;
   p->shape = shape;
   p->value = Tensor::zeros(shape, compute, device, "weight");
-  p->master = compute == master_dtype(compute) ? p->value
-                                               : Tensor::zeros(shape, DType::f32, device, "master");
   p->grad = Tensor::zeros(shape, master_dtype(compute), device, "main_grad");
   return p;
 }

@@ -69,11 +69,11 @@ TEST(Init, DependsOnNameSeedAndElementAlone) {
   Param& b = alone.add({.name = "b", .shape = {1, 3}});
   alone.allocate(DType::bf16, Device::cpu, true);
   alone.initialize(5, 0.02);
-  EXPECT_EQ(both.master.row_range(1, 2).to_vector<float>(), b.master.to_vector<float>());
-  EXPECT_NE(both.master.row_range(0, 1).to_vector<float>(), b.master.to_vector<float>());
-  EXPECT_EQ(b.value.to_vector<float>(), b.master.to(DType::bf16, "w").to_vector<float>());
+  EXPECT_EQ(both.master().row_range(1, 2).to_vector<float>(), b.master().to_vector<float>());
+  EXPECT_NE(both.master().row_range(0, 1).to_vector<float>(), b.master().to_vector<float>());
+  EXPECT_EQ(b.value.to_vector<float>(), b.master().to(DType::bf16, "w").to_vector<float>());
   alone.initialize(6, 0.02);
-  EXPECT_NE(both.master.row_range(1, 2).to_vector<float>(), b.master.to_vector<float>());
+  EXPECT_NE(both.master().row_range(1, 2).to_vector<float>(), b.master().to_vector<float>());
 }
 
 TEST(ParamSet, RefusesPiecesThatDoNotFill) {

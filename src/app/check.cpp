@@ -63,7 +63,7 @@ void check_derivatives(const Value& config, std::vector<Row>& rows) {
       std::vector<double> moved = kept;
       for (size_t i = 0; i < moved.size(); ++i) moved[i] += h * direction[i];
       p->value.copy_from(Tensor::of<double>(p->shape, moved));
-      return t.pipeline.evaluate(t.batch).loss;
+      return t.pipeline.evaluate(t.batch).loss();
     };
     const double h = 1e-6,
                  numeric = (8 * (loss_at(h) - loss_at(-h)) - (loss_at(2 * h) - loss_at(-2 * h))) /
@@ -100,8 +100,8 @@ void check_training_and_round_trip(const Value& config, std::vector<Row>& rows) 
   std::vector<double> losses;
   for (int64_t step = 1; step <= 20; ++step) {
     const StepSums sums = t.pipeline.train_step(t.batch);
-    losses.push_back(sums.loss);
-    optimizer.update(run.optimizer.lr, step, optimizer.grad_norm(sums.labels), sums.labels);
+    losses.push_back(sums.loss());
+    optimizer.update(run.optimizer.lr, step, sums.labels);
     t.model->after_step(sums.statistics);
   }
   rows.push_back({"loss after 20 steps on one batch / before", losses.back() / losses[0], 0.8});
@@ -110,9 +110,9 @@ void check_training_and_round_trip(const Value& config, std::vector<Row>& rows) 
   Optimizer other_optimizer(other.model->params, run, other.context);
   Checkpoints(run, *other.model, other_optimizer).load(Checkpoints::latest(run.out));
   for (const auto& p : t.model->params) {
-    const Tensor& back = other.model->params.find(p->name).master;
+    const Tensor& back = other.model->params.find(p->name).value;
     rows.push_back(exact("checkpoint round trip of " + p->name,
-                         std::memcmp(p->master.raw(), back.raw(), back.nbytes()) == 0));
+                         std::memcmp(p->value.raw(), back.raw(), back.nbytes()) == 0));
   }
 }
 

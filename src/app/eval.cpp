@@ -33,7 +33,7 @@ static void eval_corpus(const EvalOptions& o) {
   for (int64_t row = 0; row < end; row += o.batch_size) {
     const StepSums sums =
         session.pipeline.evaluate(loader.batch(row, std::min(o.batch_size, end - row)));
-    loss += sums.loss;
+    loss += sums.loss();
     labels += sums.labels;
   }
   fmt::print("loss {:.6f}  perplexity {:.4f}  tokens {:.0f}\n", loss / labels,
@@ -68,7 +68,7 @@ static double choice_score(Session& session, const Tokenizer& tokenizer, size_t 
   std::vector<int32_t> labels(whole.begin() + 1, whole.end());
   std::fill_n(labels.begin(), begin - 1, -100);
   whole.pop_back();
-  return -session.pipeline.evaluate(batch_of(whole, labels, 1)).loss;
+  return -session.pipeline.evaluate(batch_of(whole, labels, 1)).loss();
 }
 
 static void eval_choices(const EvalOptions& o) {
@@ -114,7 +114,7 @@ static void eval_golden(const EvalOptions& o) {
   Session session(o, batch.sequence, batch.batch, false);
   const Tensor logits = session.pipeline.logits({batch});
   const StepSums sums = session.pipeline.evaluate(batch);
-  const double loss = sums.loss / sums.labels;
+  const double loss = sums.loss() / sums.labels;
   const fs::path out = fs::absolute(o.dump), temporary = o.dump + ".tmp.safetensors";
   try {
     SafetensorsWriter writer(out.parent_path(), out.filename().string() + ".tmp", UINT64_MAX);

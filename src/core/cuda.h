@@ -9,6 +9,7 @@
 struct CUstream_st;
 namespace pith {
 enum class DType : uint8_t;
+class Tensor;
 }
 
 namespace pith::cuda {
@@ -35,6 +36,10 @@ void fill_zero(void* p, size_t bytes);
 // Between bf16 and fp32 in device memory; false for other types.
 bool convert(void* to, DType to_type, const void* from, DType from_type, int64_t n);
 bool add(void* to, const void* from, DType type, int64_t n);  // to += from, likewise
+// See core/param.h and core/rng.h.
+void join_master(Tensor& wide, const Tensor& value, const Tensor& rest);
+void split_master(const Tensor& wide, const Tensor& value, Tensor& rest);
+void fill_normal(Tensor& dst, uint64_t key, uint64_t first_index, double std);
 void synchronize();
 Stream stream();
 

@@ -1,8 +1,36 @@
 #include "core/param.h"
 
+#include "core/cuda.h"
 #include "core/rng.h"
 
 namespace pith {
+
+Tensor join_master(const Tensor& value, const Tensor& rest) {
+  if (!rest) return value;
+  Tensor wide(value.shape(), DType::f32, value.device(), "joined_master");
+  if (value.device() == Device::cuda) return cuda::join_master(wide, value, rest), wide;
+  if (value.device() == Device::meta) return wide;
+  float* to = wide.data<float>();
+  const bf16* high = value.data<bf16>();
+  const uint16_t* low = rest.data<uint16_t>();
+#pragma omp parallel for simd if (parallel : wide.numel() > 65536)
+  for (int64_t i = 0; i < wide.numel(); ++i) to[i] = join_master(high[i].bits, low[i]);
+  return wide;
+}
+
+void split_master(const Tensor& wide, Tensor value, Tensor rest) {
+  value.copy_from(wide);
+  if (!rest || value.device() == Device::meta) return;
+  if (value.device() == Device::cuda) return cuda::split_master(wide, value, rest);
+  const float* from = wide.data<float>();
+  const bf16* high = std::as_const(value).data<bf16>();
+  uint16_t* to = rest.data<uint16_t>();
+#pragma omp parallel for simd if (parallel : wide.numel() > 65536)
+  for (int64_t i = 0; i < wide.numel(); ++i) to[i] = rest_of_master(from[i], high[i].bits);
+}
+
+Tensor Param::master() const { return join_master(value, rest); }
+void Param::set_master(const Tensor& wide) { split_master(wide, value, rest); }
 
 Param& ParamSet::add(Param p) {
   if (p.pieces.empty()) p.pieces = {{p.name, p.shape}};
@@ -30,8 +58,8 @@ void ParamSet::allocate(DType compute, Device device, bool training) {
   const DType wide = master_dtype(compute);
   for (auto& p : params_) {
     p->value = Tensor(p->shape, p->trained() ? compute : wide, device, "weight");
-    const bool apart = training && p->value.dtype() != wide;
-    p->master = apart ? Tensor(p->shape, wide, device, "master") : p->value;
+    if (training && p->value.dtype() != wide)
+      p->rest = Tensor(p->shape, DType::u16, device, "master_rest");
     if (training && p->trained()) p->grad = Tensor(p->shape, wide, device, "main_grad");
   }
 }
@@ -39,7 +67,8 @@ void ParamSet::allocate(DType compute, Device device, bool training) {
 void ParamSet::initialize(uint64_t seed, double std) {
   for (auto& p : params_) {
     if (p->value.device() == Device::meta) continue;
-    Tensor flat = p->master.on(Device::cpu).reshape({p->numel()});
+    Tensor flat({p->numel()}, p->trained() ? master_dtype(p->value.dtype()) : p->value.dtype(),
+                p->value.device(), "initial");
     if (p->init == Init::normal) {
       for (const Piece& piece : p->pieces)
         fill_normal(flat.row_range(piece.begin, piece.begin + piece.shape.numel()),
@@ -49,14 +78,8 @@ void ParamSet::initialize(uint64_t seed, double std) {
       const double fill = p->init == Init::uniform ? share : double(p->init == Init::ones);
       flat.copy_from(Tensor::of<double>(flat.shape(), std::vector(size_t(p->numel()), fill)));
     }
-    if (p->master.device() != Device::cpu) p->master.copy_from(flat);
+    p->set_master(flat);
   }
-  sync_values();
-}
-
-void ParamSet::sync_values() {
-  for (auto& p : params_)
-    if (p->value.dtype() != p->master.dtype()) p->value.copy_from(p->master);
 }
 
 void ParamSet::begin_step() {

@@ -33,15 +33,32 @@ struct Param {
   std::vector<std::vector<Piece>> also_read;  // other source forms, each of the whole parameter
   bool exported = true;  // false: Hugging Face has no tensor for it; kept in trainer/ only
 
-  Tensor value;   // compute dtype (state: master dtype)
-  Tensor master;  // fp32 (fp64 in fp64 runs); the same storage as `value` when the dtypes agree
-  Tensor grad;    // main gradient, master dtype; a sum over the labels of the step
+  Tensor value;  // compute dtype (state: master dtype)
+  Tensor rest;   // what a bf16 value lacks of its fp32 master; empty where `value` is the master
+  Tensor grad;   // main gradient, master dtype; a sum over the labels of the step
   // false: the next contribution of this step overwrites (beta 0), no zeroing pass
   bool grad_written = false;
 
   bool trained() const { return role != Role::state; }
   int64_t numel() const { return shape.numel(); }
+  Tensor master() const;  // fp32 (fp64 in fp64 runs): `value` itself, or a copy
+  void set_master(const Tensor& wide);
 };
+
+// A master x lies in memory as value = bf16(x) and the 16 bits rest = bits(x) - (bits(value) << 16),
+// as a signed number: as many bytes as x alone has. One x in 2^17 has no such rest, the one exactly
+// between two bf16 that rounds down: it is kept one bit lower. Here for consecutive elements; both
+// tensors on one device.
+Tensor join_master(const Tensor& value, const Tensor& rest);  // `value` itself without a rest
+void split_master(const Tensor& wide, Tensor value, Tensor rest);
+
+constexpr float join_master(uint16_t value, uint16_t rest) {
+  return std::bit_cast<float>((uint32_t(value) << 16) + uint32_t(int32_t(int16_t(rest))));
+}
+constexpr uint16_t rest_of_master(float x, uint16_t value) {
+  const int32_t rest = int32_t(std::bit_cast<uint32_t>(x) - (uint32_t(value) << 16));
+  return uint16_t(rest < 0x7fff ? rest : 0x7fff);
+}
 
 class ParamSet {
  public:
@@ -52,12 +69,11 @@ class ParamSet {
   auto end() const { return params_.end(); }
   Param& find(const std::string& name) const;
 
-  // Memory for values, masters and gradients (gradients only if `training`), uninitialized.
+  // Memory for values, masters and gradients (the latter only if `training`), uninitialized.
   void allocate(DType compute, Device device, bool training);
   // Counter RNG keyed by (seed, Hugging Face name, element index): the same model on every layout.
   void initialize(uint64_t seed, double std);
-  void sync_values();  // value = master rounded to the compute dtype
-  void begin_step();   // the next gradient contribution overwrites
+  void begin_step();  // the next gradient contribution overwrites
   int64_t trained_elements() const;
 
  private:

@@ -26,27 +26,41 @@ void remove_tree(const std::string& path) {
 struct Part {
   std::string name;
   Shape shape;
-  Tensor data;  // flat
+  Tensor data, rest;  // flat; with a rest the two are a master (core/param.h)
+
+  DType dtype() const { return rest ? DType::f32 : data.dtype(); }
+  // f(first element, Part of at most kChunk)
+  template <class F> void by_chunk(F f) const {
+    for (int64_t begin = 0, n = data.numel(); begin < n; begin += kChunk) {
+      const auto range = [&](const Tensor& t) {
+        return t ? t.row_range(begin, std::min(n, begin + kChunk)) : Tensor();
+      };
+      f(begin, Part{name, shape, range(data), range(rest)});
+    }
+  }
 };
 struct Parts {
   std::vector<Part> model, trainer;
 };
 
 void add_pieces(std::vector<Part>& parts, const std::string& prefix,
-                const std::vector<Piece>& pieces, const Tensor& whole) {
-  const Tensor flat = whole.reshape({whole.numel()});
-  for (const Piece& p : pieces)
-    parts.push_back({prefix + p.name, p.shape, flat.row_range(p.begin, p.begin + p.shape.numel())});
+                const std::vector<Piece>& pieces, const Tensor& whole, const Tensor& rest = {}) {
+  for (const Piece& p : pieces) {
+    const auto range = [&](const Tensor& t) {
+      return t ? t.reshape({t.numel()}).row_range(p.begin, p.begin + p.shape.numel()) : Tensor();
+    };
+    parts.push_back({prefix + p.name, p.shape, range(whole), range(rest)});
+  }
 }
 
 // All that a checkpoint holds: the tensors themselves, or copies.
 Parts collect(const ParamSet& params, const Optimizer& optimizer, bool copy) {
-  const auto keep = [&](const Tensor& t) { return copy ? t.clone("checkpoint_copy") : t; };
+  const auto keep = [&](const Tensor& t) { return copy && t ? t.clone("checkpoint_copy") : t; };
   Parts parts;
   for (const auto& p : params) {
-    const Tensor master = keep(p->master);
-    if (p->exported) add_pieces(parts.model, "", p->pieces, master);
-    add_pieces(parts.trainer, p->trained() ? "master." : "state.", p->pieces, master);
+    const Tensor value = keep(p->value), rest = keep(p->rest);
+    if (p->exported) add_pieces(parts.model, "", p->pieces, value);
+    add_pieces(parts.trainer, p->trained() ? "master." : "state.", p->pieces, value, rest);
   }
   for (const auto& s : optimizer.states())
     add_pieces(parts.trainer, s.kind + ".", s.param->pieces, keep(s.tensor));
@@ -74,7 +88,13 @@ void read_parts(const Safetensors& file, std::vector<Part>& parts,
       fail_input("{}: tensor {} does not belong to this model with these settings", file.path(),
                  printable(name));
   }
-  for (Part& part : parts) file.read(part.name, 0, part.data);
+  for (const Part& part : parts)
+    part.by_chunk([&](int64_t begin, const Part& chunk) {
+      Tensor wide = chunk.rest ? Tensor(chunk.data.shape(), DType::f32, chunk.data.device(), "read")
+                               : chunk.data;
+      file.read(part.name, begin, wide);
+      if (chunk.rest) split_master(wide, chunk.data, chunk.rest);
+    });
 }
 
 // The first of the forms a parameter can be read from whose tensors are all there.
@@ -149,13 +169,14 @@ void write_parts(const std::string& directory, const char* stem, const std::vect
                  bool as_bf16) {
   SafetensorsWriter file(directory, stem);
   for (const Part& part : parts)
-    file.add(part.name, as_bf16 ? DType::bf16 : part.data.dtype(),
+    file.add(part.name, as_bf16 ? DType::bf16 : part.dtype(),
              {part.shape.dims().begin(), part.shape.dims().end()});
   file.metadata["format"] = "pt";  // transformers insists on it
   file.create();
   for (const Part& part : parts)
-    for (int64_t begin = 0, n = part.data.numel(); begin < n; begin += kChunk)
-      file.write(part.name, begin, part.data.row_range(begin, std::min(n, begin + kChunk)));
+    part.by_chunk([&](int64_t begin, const Part& chunk) {
+      file.write(part.name, begin, join_master(chunk.data, chunk.rest));
+    });
   file.close();
 }
 
@@ -243,9 +264,9 @@ void load_weights(ParamSet& params, const std::string& directory,
   const Safetensors file(directory);
   std::vector<Part> parts;
   for (const auto& p : params)
-    if (p->trained() || p->exported) add_pieces(parts, "", source_form(*p, file), p->master);
+    if (p->trained() || p->exported)
+      add_pieces(parts, "", source_form(*p, file), p->value, p->rest);
   read_parts(file, parts, ignored);
-  params.sync_values();
 }
 
 Checkpoints::Checkpoints(const RunConfig& run, Model& model, Optimizer& optimizer)
@@ -318,7 +339,6 @@ int64_t Checkpoints::load(const std::string& directory) {
   }
   Parts parts = collect(model_.params, optimizer_, false);
   read_parts(Safetensors(directory + "/trainer", "trainer"), parts.trainer, {});
-  model_.params.sync_values();
   return step;
 }
 

@@ -26,7 +26,10 @@ static void update_by_muon(Tape& tape, const Muon& rule, const Param& p, const T
     const auto batch = [&](const Tensor& t) {
       return elements(t, begin, end).reshape({(end - begin) / (rows * columns), rows, columns});
     };
-    muon_update(tape, rule, batch(p.grad), batch(momentum), batch(p.master), batch(p.value));
+    const Tensor value = batch(p.value), rest = p.rest ? batch(p.rest) : Tensor(),
+                 master = join_master(value, rest);
+    muon_update(tape, rule, batch(p.grad), batch(momentum), master, value);
+    split_master(master, value, rest);
   }
 }
 
@@ -55,7 +58,8 @@ Optimizer::Optimizer(ParamSet& params, const RunConfig& run, Context& context)
     if (!p->trained()) continue;
     const auto add = [&](const char* kind, const char* name) {
       states_.push_back(
-          {kind, p.get(), Tensor::zeros(p->shape, p->master.dtype(), p->master.device(), name)});
+          {kind, p.get(),
+           Tensor::zeros(p->shape, master_dtype(p->value.dtype()), p->value.device(), name)});
     };
     const bool muon = rule_.name == "muon" && muon_fits(*p);
     add(muon ? "momentum" : "m", muon ? "muon_momentum" : "adam_m");
@@ -63,43 +67,49 @@ Optimizer::Optimizer(ParamSet& params, const RunConfig& run, Context& context)
   }
 }
 
-Optimizer::Norm Optimizer::grad_norm(double labels) {
+void Optimizer::update(double lr, int64_t step, double labels) {
+  context_.enter("optimizer");
   Tape tape(context_, false);
-  Norm norm;
-  double sum = 0;
+  std::vector<Tensor> grads;
   for (const auto& p : params_) {
     if (!p->trained()) continue;
     if (!p->grad_written) p->grad.fill_zero();  // nothing reached it in this step
     p->grad_written = true;
-    const double squares = sum_of_squares(tape, p->grad);
-    sum += squares;
-    if (std::isfinite(squares) || !norm.finite()) continue;
-    norm.first_bad = p->name;
-    const auto is_bad = [&](const Piece& piece) {
-      const int64_t end = piece.begin + piece.shape.numel();
-      return !std::isfinite(sum_of_squares(tape, elements(p->grad, piece.begin, end)));
-    };
-    const auto bad = std::ranges::find_if(p->pieces, is_bad);
-    if (bad != p->pieces.end() && bad->name != p->name) norm.first_bad += " (" + bad->name + ")";
+    grads.push_back(p->grad);
   }
-  norm.value = std::sqrt(sum) / labels;
-  return norm;
-}
-
-void Optimizer::update(double lr, int64_t step, const Norm& norm, double labels) {
-  if (!norm.finite()) return;
-  const double most = rule_.clip_norm > 0 ? rule_.clip_norm / (norm.value + 1e-6) : 1.0;
-  const double scale = std::min(1.0, most) / labels;
-  Tape tape(context_, false);
+  squares_ = sum_of_squares(tape, grads);
+  norm_ = clip_by_norm(tape, squares_, labels, rule_.clip_norm);
+  const bool muon = states_.size() < 2 * grads.size();
+  const auto scale = muon ? norm_.to_vector<double>() : std::vector<double>{0, 0};
   for (size_t i = 0; i < states_.size(); ++i) {
     const auto& [kind, p, tensor] = states_[i];
     const double decay = p->decay ? rule_.weight_decay : 0;
-    if (kind == "momentum")
-      update_by_muon(tape, {lr, rule_.momentum, decay, scale}, *p, tensor);
+    if (kind == "momentum" && std::isfinite(scale[0]))
+      update_by_muon(tape, {lr, rule_.momentum, decay, scale[1]}, *p, tensor);
     else if (kind == "m")
-      adamw_update(tape, {lr, rule_.betas[0], rule_.betas[1], rule_.eps, decay, scale, step},
-                   p->grad, tensor, states_[i + 1].tensor, p->master, p->value);
+      adamw_update(tape, {lr, rule_.betas[0], rule_.betas[1], rule_.eps, decay, step}, norm_,
+                   p->grad, tensor, states_[i + 1].tensor, p->value, p->rest);
   }
+}
+
+Optimizer::Norm Optimizer::norm() {
+  if (context_.device == Device::meta) return {};
+  Norm norm{norm_.to_vector<double>()[0], ""};
+  if (std::isfinite(norm.value)) return norm;
+  Tape tape(context_, false);
+  const auto is_bad = [&](const Tensor& g) {
+    return !std::isfinite(sum_of_squares(tape, {&g, 1}).to_vector<double>()[0]);
+  };
+  for (const auto& p : params_) {
+    if (!p->trained() || !is_bad(p->grad)) continue;
+    norm.first_bad = p->name;
+    const auto bad = std::ranges::find_if(p->pieces, [&](const Piece& piece) {
+      return is_bad(elements(p->grad, piece.begin, piece.begin + piece.shape.numel()));
+    });
+    if (bad != p->pieces.end() && bad->name != p->name) norm.first_bad += " (" + bad->name + ")";
+    break;
+  }
+  return norm;
 }
 
 }  // namespace pith

@@ -23,16 +23,16 @@ class Optimizer {
  public:
   Optimizer(ParamSet& params, const RunConfig& run, Context& context);
 
+  // One update (`step` is 1-based) with gradients scaled by min(1, clip / (norm + 1e-6)) / labels.
+  // Does nothing if the norm is not finite. Asynchronous on a GPU, but for Muon.
+  void update(double lr, int64_t step, double labels);
+
   struct Norm {
     double value = 0;       // L2 norm of the mean gradient: every parameter once
     std::string first_bad;  // the first parameter with a non-finite gradient, or ""
-    bool finite() const { return first_bad.empty(); }
+    bool finite() const { return std::isfinite(value); }
   };
-  Norm grad_norm(double labels);
-
-  // One update (`step` is 1-based) with gradients scaled by min(1, clip / (norm + 1e-6)) / labels.
-  // Does nothing if the norm is not finite.
-  void update(double lr, int64_t step, const Norm& norm, double labels);
+  Norm norm();  // of the last update; waits for it. The gradients must still be there.
 
   // Moments by parameter, for checkpoints: "m" and "v" (AdamW) or "momentum" (Muon), shaped like
   // the parameter.
@@ -48,6 +48,7 @@ class Optimizer {
   OptimizerConfig rule_;
   Context& context_;
   std::vector<State> states_;  // of one parameter after the other; "v" follows "m"
+  Tensor squares_, norm_;      // of the last update: by trained parameter; see clip_by_norm
 };
 
 }  // namespace pith

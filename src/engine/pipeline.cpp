@@ -15,6 +15,12 @@ static Batch batch_rows(const Batch& b, int64_t begin, int64_t end) {
           rows(b.document_start), end - begin,    b.sequence};
 }
 
+static Batch on_device(Batch b, Device device) {
+  for (Tensor* t : {&b.tokens, &b.labels, &b.positions, &b.document_start})
+    if (*t) *t = t->on(device);
+  return b;
+}
+
 // With one expert rank every row is already where its experts are.
 static Received stage2_dispatch(const Stage1& s) { return {s.rows, s.ids, s.weights}; }
 static Tensor stage4_combine(const Tensor& sums) { return sums; }
@@ -53,7 +59,13 @@ struct Pipeline::Record {
 };
 
 Pipeline::Pipeline(Model& model, Context& context, const TrainConfig& train)
-    : model_(model), context_(context), train_(train) {}
+    : model_(model), context_(context), train_(train), one_(wide_scalar(context, 1)) {}
+
+double StepSums::loss() const {
+  if (losses.device() == Device::meta) return 0;
+  const auto each = losses.to_vector<double>();
+  return std::accumulate(each.begin(), each.end(), 0.0);
+}
 
 void Pipeline::forward_layer(Record& r, int64_t layer) {
   LayerRecord& l = r.layers.back();
@@ -75,10 +87,7 @@ void Pipeline::forward_layer(Record& r, int64_t layer) {
 Pipeline::Record Pipeline::forward(const MicroBatch& mb, WgradQueue* queue) {
   const auto tape = [&] { return Tape(context_, queue != nullptr, queue); };
   Record r{tape(), tape(), mb};
-  r.mb.tokens = mb.tokens.on(context_.device);
-  r.mb.positions = mb.positions.on(context_.device);
-  if (mb.labels) r.mb.labels = mb.labels.on(context_.device);
-  if (mb.document_start) r.mb.document_start = mb.document_start.on(context_.device);
+  static_cast<Batch&>(r.mb) = on_device(mb, context_.device);
   for (Tensor& ids : r.mb.replay) ids = ids.on(context_.device);
   context_.enter("embed");
   r.embedded = r.last = model_.embed(r.embed, r.mb);
@@ -118,7 +127,7 @@ Carry Pipeline::backward_layer(Record& r, int64_t layer, Carry d_out) {
 }
 
 void Pipeline::backward(Record& r) {
-  r.head.set_grad(r.loss, wide_scalar(context_, 1));
+  r.head.set_grad(r.loss, one_);
   r.head.backward();
   Carry d = take_grad(r.head, r.last);
   r.last = {};
@@ -140,36 +149,38 @@ void Pipeline::flush() {
 }
 
 StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<Tensor>& replay) {
-  StepSums sums{.labels = double(batch.label_count)};
   const int64_t size = train_.micro_batch_size, micro_batches = batch.batch / size,
                 tokens = size * batch.sequence;
+  StepSums sums{Tensor({micro_batches}, one_.dtype(), context_.device, "losses"),
+                double(batch.label_count)};
+  const Batch there = on_device(batch, context_.device);  // at once: each upload waits for the GPU
   model_.params.begin_step();
   queues_.assign(size_t(std::min(train_.wgrad_micro_batches, batch.batch)), {});
   if (trace) sums.trace.resize(size_t(micro_batches));
-  std::vector<Tensor> losses;
   for (int64_t m = 0; m < micro_batches; ++m) {
     const int64_t slot = m % train_.wgrad_micro_batches;
-    MicroBatch mb{batch_rows(batch, m * size, (m + 1) * size), sums.labels,
+    MicroBatch mb{batch_rows(there, m * size, (m + 1) * size), sums.labels,
                   double(batch.batch * batch.sequence), double(micro_batches), &sums.statistics};
     if (trace) mb.trace = &sums.trace[size_t(m)];
     for (const Tensor& ids : replay)
       mb.replay.push_back(ids.row_range(m * tokens, (m + 1) * tokens));
     Record r = forward(mb, &queues_[size_t(slot)]);
     r.loss = model_.head_loss(r.head, r.last, r.mb);
-    losses.push_back(r.loss);
+    sums.losses.row_range(m, m + 1).copy_from(r.loss);
     backward(r);
     if (slot == train_.wgrad_micro_batches - 1 || m == micro_batches - 1) flush();
   }
-  for (const Tensor& loss : losses) sums.loss += value_of(loss);  // not before: it waits for a GPU
   return sums;
 }
 
 StepSums Pipeline::evaluate(const Batch& batch) {
-  StepSums sums{.labels = double(batch.label_count)};
-  for (int64_t row = 0; row < batch.batch; row += train_.micro_batch_size) {
-    const int64_t end = std::min(batch.batch, row + train_.micro_batch_size);
-    Record r = forward({batch_rows(batch, row, end)}, nullptr);
-    sums.loss += value_of(model_.head_loss(r.head, r.last, r.mb));
+  const int64_t size = train_.micro_batch_size, micro_batches = (batch.batch + size - 1) / size;
+  StepSums sums{Tensor({micro_batches}, one_.dtype(), context_.device, "losses"),
+                double(batch.label_count)};
+  for (int64_t m = 0; m < micro_batches; ++m) {
+    const int64_t end = std::min(batch.batch, (m + 1) * size);
+    Record r = forward({batch_rows(batch, m * size, end)}, nullptr);
+    sums.losses.row_range(m, m + 1).copy_from(model_.head_loss(r.head, r.last, r.mb));
   }
   return sums;
 }

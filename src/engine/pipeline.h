@@ -9,7 +9,8 @@ namespace pith {
 
 // What one step added up, over the global batch.
 struct StepSums {
-  double loss = 0;  // sum of cross entropy over the labels
+  Tensor losses;        // wide [micro-batches], sums of cross entropy over their labels
+  double loss() const;  // their sum; on a GPU it waits for the step
   double labels = 0;
   Statistics statistics;                    // see models/model.h
   std::vector<std::vector<Routing>> trace;  // [micro-batch][MoE layer], if it was asked for
@@ -42,6 +43,7 @@ class Pipeline {
   Model& model_;
   Context& context_;
   const TrainConfig train_;
+  const Tensor one_;                // the gradient of a loss
   std::vector<WgradQueue> queues_;  // one per micro-batch whose weight gradients are outstanding
 };
 

@@ -42,7 +42,9 @@ Plan make_plan(const RunConfig& run) {
   Pipeline pipeline(*model, context, run.train);
   std::vector<Tensor> copies;  // of a save in the background, alive through the next steps
   if (run.checkpoint.background && run.checkpoint.every > 0) {
-    for (const auto& p : model->params) copies.push_back(p->master.clone("checkpoint_copy"));
+    for (const auto& p : model->params)
+      for (const Tensor& t : {p->value, p->rest})
+        if (t) copies.push_back(t.clone("checkpoint_copy"));
     for (const auto& s : optimizer.states()) copies.push_back(s.tensor.clone("checkpoint_copy"));
   }
   const int64_t rows = run.train.global_batch_size, tokens = rows * run.data.sequence_length;
@@ -51,7 +53,7 @@ Plan make_plan(const RunConfig& run) {
   const Batch batch{ids(), ids(), ids(), starts, rows, run.data.sequence_length, tokens};
   pipeline.train_step(batch, !run.trace.routing.empty());
   const double step_flops = context.total.flops;
-  optimizer.update(run.optimizer.lr, 1, optimizer.grad_norm(double(tokens)), double(tokens));
+  optimizer.update(run.optimizer.lr, 1, double(tokens));
   const size_t peak = memory::peak(Device::meta);
   return {peak, peak_table(peak) +
                     fmt::format("parameters {:.3f} M, static {:.2f} MB, {:.3f} TFLOP per step\n",

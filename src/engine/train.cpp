@@ -92,7 +92,7 @@ struct Trainer {
     const int64_t rows =
         std::min(validation->size(), run.eval.batches * run.train.micro_batch_size);
     const StepSums sums = pipeline.evaluate(validation->batch(0, rows));
-    return sums.loss / sums.labels;
+    return sums.loss() / sums.labels;
   }
 
   // Where no update has a step line of its own to say it.
@@ -116,16 +116,17 @@ struct Trainer {
     if (!run.trace.replay.empty())
       replay = read_routing_trace(run.trace.replay, step, model->size, batch);
     const StepSums sums = pipeline.train_step(batch, !run.trace.routing.empty(), replay);
-    context.enter("optimizer");
-    const Optimizer::Norm norm = optimizer.grad_norm(sums.labels);
-    if (!norm.finite() || !std::isfinite(sums.loss))
-      fail(
-          "step {}: the {} is not finite (loss {}); nothing was updated. "
-          "debug.check_finite=true names the op",
-          step, norm.finite() ? "loss" : "gradient of " + norm.first_bad, sums.loss / sums.labels);
     StepMetrics m;
     m.lr = learning_rate(run.optimizer, run.train.steps, step);
-    optimizer.update(m.lr, step, norm, sums.labels);
+    optimizer.update(m.lr, step, sums.labels);
+    // Up to here nothing has waited for the device.
+    const Optimizer::Norm norm = optimizer.norm();
+    m.loss = sums.loss() / sums.labels;
+    if (!norm.finite() || !std::isfinite(m.loss))
+      fail(
+          "step {}: the {} is not finite (loss {}); the last checkpoint stays. "
+          "debug.check_finite=true names the op",
+          step, norm.finite() ? "loss" : "gradient of " + norm.first_bad, m.loss);
     model->after_step(sums.statistics);
     if (!run.trace.routing.empty()) write_routing_trace(run.trace.routing, step, sums, batch);
     if (context.timeline) {
@@ -142,7 +143,6 @@ struct Trainer {
                  micro_batches = double(rows) / double(run.train.micro_batch_size),
                  layers = double(model->size.moe_layers);
     m.step = step;
-    m.loss = sums.loss / sums.labels;
     m.balance_loss = mean_statistic(sums, "balance_loss", micro_batches * layers);
     if (run.balance.z_loss != 0) m.z_loss = mean_statistic(sums, "z_loss", tokens * layers);
     m.grad_norm = norm.value;

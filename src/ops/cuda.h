@@ -24,7 +24,7 @@ void grouped_weight_gradient(std::span<WgradRecord* const> records, Op::Into dw,
 // norm.cu. delta and dsum may be empty; sum is x itself without a delta. parts: fp32 [norm_parts(T), H].
 void add_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& w, Tensor y, Tensor sum,
                   Tensor rstd, float eps, Stream);
-inline int64_t norm_parts(int64_t rows) { return std::min<int64_t>(rows, 264); }
+inline int64_t norm_parts(int64_t rows) { return std::min<int64_t>(rows, 660); }
 void add_rms_norm_backward(const Tensor& sum, const Tensor& dy, const Tensor& dsum, const Tensor& w,
                            const Tensor& rstd, Op::Into dx, Op::Into ddelta, Op::Into dw,
                            Tensor parts, Stream);
@@ -47,7 +47,7 @@ void swiglu_backward(const Tensor& gate_up, const Tensor& weights, const Tensor&
                      Stream);
 
 // rope.cu. parts: fp32, kRopeParts of [2, D].
-constexpr int64_t kRopeParts = 264;
+constexpr int64_t kRopeParts = 528;
 struct QkNormRope {
   Tensor qkv;
   const Param *q_norm, *k_norm;
@@ -79,14 +79,15 @@ void scale_by(const Tensor& slopes, const Tensor& seed, Op::Into into, Stream);
 void embedding(const Tensor& ids, const Tensor& w, Tensor y, Stream);
 inline int64_t embedding_workspace(int64_t rows) { return 8 * rows + (1 << 18); }
 void embedding_backward(const Tensor& ids, const Tensor& dy, Op::Into dw, Tensor workspace, Stream);
-// Of a chunk of rows: logits fp32 [rows, V]; dlogits may be empty, or the logits themselves.
-void cross_entropy(const Tensor& logits, const Tensor& labels, Tensor loss, Tensor dlogits, Stream);
+// Of a chunk of rows [rows, V], whose gradients take the place of the logits if they are wanted.
+void cross_entropy(Tensor logits, const Tensor& labels, Tensor loss, bool backward, Stream);
 
 // optimizer.cu. parts: fp64 [kSquareParts]; out: fp64 [1].
-constexpr int64_t kSquareParts = 512;
-void sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream);
-void adamw_update(const AdamW& rule, const Tensor& grad, Tensor m, Tensor v, Tensor master,
-                  Tensor value, Stream);
+constexpr int64_t kSquareParts = 2048;
+bool sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream);  // fp32 and bf16 g
+void clip_by_norm(const Tensor& squares, double labels, double clip, Tensor norm, Stream);
+void adamw_update(const AdamW& rule, const Tensor& norm, const Tensor& grad, Tensor m, Tensor v,
+                  Tensor value, Tensor rest, Stream);
 
 // gemm.cu: cpu::gemm of ops/gemm.h in device memory, bf16 and fp32; bf16 out may add.
 void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const void* a, const void* b,

@@ -18,11 +18,11 @@ void check_ids(const Op& op, const Tensor& ids, const char* what, int64_t first,
 
 // Rows of logits that are held at a time: enough for the GEMMs' full speed (the weight gradient's
 // K). On the CPU about 16 MB; on a GPU so many that the pass over the main gradient, which every
-// chunk makes, costs little beside the products.
+// chunk makes, costs little beside the products: 2.5 GB of bf16.
 int64_t chunk_rows(int64_t rows, int64_t vocabulary, bool on_gpu) {
-  if (on_gpu) return std::min<int64_t>(rows, 2048);
-  const int64_t fitting = (int64_t(4) << 20) / std::max<int64_t>(vocabulary, 1) / 64 * 64;
-  return std::min(rows, std::clamp<int64_t>(fitting, 256, 1024));
+  const int64_t elements = on_gpu ? int64_t(5) << 28 : int64_t(4) << 20, step = on_gpu ? 1024 : 64;
+  const int64_t fitting = elements / std::max<int64_t>(vocabulary, 1) / step * step;
+  return std::min(rows, std::clamp<int64_t>(fitting, 256, on_gpu ? 1 << 20 : 1024));
 }
 
 // The loss of one row; logits become exponentials. `grad`, unless null, receives softmax -
@@ -81,16 +81,16 @@ void run_head_on_gpu(Head& head, auto stream) {
   for (int64_t begin = 0; begin < tokens; begin += head.logits.dim(0)) {
     const int64_t end = std::min(tokens, begin + head.logits.dim(0)), rows = end - begin;
     const Tensor x = head.x.row_range(begin, end);
-    cuda::gemm(false, true, rows, v, h, x.raw(), head.w.raw(), narrow, head.logits.raw(),
-               DType::f32, false, stream);
+    cuda::gemm(false, true, rows, v, h, x.raw(), head.w.raw(), narrow, head.logits.raw(), narrow,
+               false, stream);
     cuda::cross_entropy(head.logits, head.labels.row_range(begin, end),
-                        head.token_loss.row_range(begin, end), head.dlogits, stream);
+                        head.token_loss.row_range(begin, end), bool(head.dlogits), stream);
     if (head.dx)
       cuda::gemm(false, false, rows, h, v, head.dlogits.raw(), head.w.raw(), narrow,
                  head.dx.row_range(begin, end).raw(), narrow, false, stream);
     if (head.dw)
       cuda::gemm(true, false, v, h, rows, head.dlogits.raw(), x.raw(), narrow, head.dw.tensor.raw(),
-                 DType::f32, head.dw.add || begin > 0, stream);
+                 head.dw.tensor.dtype(), head.dw.add || begin > 0, stream);
   }
 }
 
@@ -152,11 +152,15 @@ HeadLoss head_loss(Tape& tape, const Tensor& x, Param& w, const Tensor& labels, 
   const DType wide = master_dtype(x.dtype());
   // Only the sum can carry a gradient.
   HeadLoss out{op.output("loss", {1}, wide), op.workspace("token_loss", {rows}, wide)};
-  Head head{x, w.value, labels, out.token_loss, op.workspace("logits", {chunk, vocabulary}, wide)};
+  // On a GPU in the dtype of x: what reads and writes them costs as much as a product.
+  const DType logits_type = op.on_gpu() ? x.dtype() : wide;
+  Head head{x, w.value, labels, out.token_loss,
+            op.workspace("logits", {chunk, vocabulary}, logits_type)};
   if (op.recording()) {
     head.dw = op.accumulate(w);
-    head.dlogits =
-        x.dtype() == wide ? head.logits : op.workspace("dlogits", {chunk, vocabulary}, x.dtype());
+    head.dlogits = x.dtype() == logits_type
+                       ? head.logits
+                       : op.workspace("dlogits", {chunk, vocabulary}, x.dtype());
   }
   if (op.wants(x)) head.dx = op.workspace("head_dx", x.shape(), x.dtype());
   const double products = 1.0 + bool(head.dx) + bool(head.dw);

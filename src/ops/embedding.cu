@@ -1,3 +1,6 @@
+#include <cooperative_groups.h>
+
+#include <bit>
 #include <cub/device/device_radix_sort.cuh>
 
 #include "ops/cuda.h"
@@ -7,6 +10,7 @@ namespace pith::cuda {
 namespace {
 
 constexpr int kWarps = 8;
+constexpr int kLossThreads = 512, kHeld = 5;  // kHeld: pieces of a row that a thread holds
 
 template <class T, int V>
 __global__ void take_rows(const T* w, const int* ids, int rows, int width, T* y) {
@@ -47,54 +51,87 @@ __global__ void add_rows_by_id(const T* dy, const int* ids, const int* token, in
   }
 }
 
-// One block for each row of logits [rows, V]; see the CPU kernel. dlogits may be the logits, or null.
+// A cluster of blocks for each row of logits [rows, V], which it holds in registers as far as they go, so that a row is
+// read once; see the CPU kernel.
 template <int V, class T>
-__global__ void cross_entropy(const float* logits, const int* labels, int64_t n, float* loss,
-                              T* dlogits) {
-  __shared__ float scratch_max[32], scratch_sum[32];
-  const int64_t row = int64_t(blockIdx.x) * n, step = int64_t(blockDim.x) * V;
-  const int label = labels[blockIdx.x];
-  const float* x = logits + row;
+__global__ void __launch_bounds__(kLossThreads, 2)
+    cross_entropy(T* logits, const int* labels, int64_t n, float* loss, bool backward) {
+  __shared__ float2 warps[kLossThreads / 32], all;  // of max, and sum of exp(x - max)
+  const auto cluster = cooperative_groups::this_cluster();
+  const int blocks = int(cluster.num_blocks()), rank = int(cluster.block_rank());
+  const int64_t row = blockIdx.x / blocks, step = int64_t(blocks) * blockDim.x * V;
+  const int64_t first = (int64_t(rank) * blockDim.x + threadIdx.x) * V, rest = first + kHeld * step;
+  const int label = labels[row];
+  T* x = logits + row * n;
   if (label < 0) {
     const float zeros[V] = {};
-    if (threadIdx.x == 0) loss[blockIdx.x] = 0;
-    for (int64_t j = threadIdx.x * V; dlogits && j < n; j += step)
-      store<V>(dlogits + row + j, zeros);
+    if (first == 0) loss[row] = 0;
+    for (int64_t j = first; backward && j < n; j += step) store<V>(x + j, zeros);
     return;
   }
-  float high = -INFINITY, sum = 0;  // sum of exp(x - high)
+  const float own = first == 0 ? float(x[label]) : 0;  // before a gradient takes its place
+  float high = -INFINITY, sum = 0;
   const auto merge = [&](float other_high, float other_sum) {
     const float top = fmaxf(high, other_high);
     if (top == -INFINITY) return;
     sum = sum * __expf(high - top) + other_sum * __expf(other_high - top);
     high = top;
   };
-  for (int64_t j = threadIdx.x * V; j < n; j += step) {
-    float v[V], most = -INFINITY, total = 0;
-    load<V>(x + j, v);
+  const auto merge_values = [&](const float (&v)[V]) {
+    float most = -INFINITY, total = 0;
 #pragma unroll
     for (int i = 0; i < V; ++i) most = fmaxf(most, v[i]);
 #pragma unroll
     for (int i = 0; i < V; ++i) total += __expf(v[i] - most);
     merge(most, total);
+  };
+  Pack<V, T> held[kHeld];
+#pragma unroll
+  for (int p = 0; p < kHeld; ++p)
+    if (first + p * step < n) held[p] = *reinterpret_cast<const Pack<V, T>*>(x + first + p * step);
+#pragma unroll
+  for (int p = 0; p < kHeld; ++p) {
+    float v[V];
+    load<V>(held[p].at, v);
+    if (first + p * step < n) merge_values(v);
+  }
+  for (int64_t j = rest; j < n; j += step) {
+    float v[V];
+    load<V>(x + j, v);
+    merge_values(v);
   }
   for (int d = 16; d > 0; d /= 2)
     merge(__shfl_xor_sync(~0u, high, d), __shfl_xor_sync(~0u, sum, d));
-  if (threadIdx.x % 32 == 0)
-    scratch_max[threadIdx.x / 32] = high, scratch_sum[threadIdx.x / 32] = sum;
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = {high, sum};
   __syncthreads();
   high = -INFINITY, sum = 0;
-  for (int w = 0; w < int(blockDim.x) / 32; ++w) merge(scratch_max[w], scratch_sum[w]);
-  const float own = x[label], scale = 1 / sum;
-  __syncthreads();  // before the gradient takes the place of x
-  if (threadIdx.x == 0) loss[blockIdx.x] = logf(sum) + high - own;
-  for (int64_t j = threadIdx.x * V; dlogits && j < n; j += step) {
-    float v[V];
-    load<V>(x + j, v);
+  for (const float2& w : warps) merge(w.x, w.y);
+  if (threadIdx.x == 0) all = {high, sum};
+  cluster.sync();
+  high = -INFINITY, sum = 0;
+  for (int b = 0; b < blocks; ++b) {
+    const float2 other = *cluster.map_shared_rank(&all, b);
+    merge(other.x, other.y);
+  }
+  const float scale = 1 / sum;
+  if (first == 0) loss[row] = logf(sum) + high - own;
+  const auto put = [&](int64_t j, float (&v)[V]) {
 #pragma unroll
     for (int i = 0; i < V; ++i) v[i] = __expf(v[i] - high) * scale - (j + i == label ? 1.0f : 0.0f);
-    store<V>(dlogits + row + j, v);
+    store<V>(x + j, v);
+  };
+#pragma unroll
+  for (int p = 0; p < kHeld; ++p) {
+    float v[V];
+    load<V>(held[p].at, v);
+    if (backward && first + p * step < n) put(first + p * step, v);
   }
+  for (int64_t j = rest; backward && j < n; j += step) {
+    float v[V];
+    load<V>(x + j, v);
+    put(j, v);
+  }
+  cluster.sync();  // the others read this block's memory
 }
 
 }  // namespace
@@ -130,21 +167,24 @@ void embedding_backward(const Tensor& ids, const Tensor& dy, Op::Into dw, Tensor
   });
 }
 
-void cross_entropy(const Tensor& logits, const Tensor& labels, Tensor loss, Tensor dlogits,
-                   Stream stream) {
+void cross_entropy(Tensor logits, const Tensor& labels, Tensor loss, bool backward, Stream stream) {
   const int rows = int(labels.dim(0));
-  if (rows == 0) return;
   const int64_t n = logits.dim(1);
-  const auto run = [&]<class T>(T* to) {
-    const auto kernel = n % 4 == 0 ? cross_entropy<4, T> : cross_entropy<1, T>;
-    kernel<<<rows, 1024, 0, stream>>>(data<const float>(logits), data<const int>(labels), n,
-                                      data<float>(loss), to);
-    check(cudaGetLastError());
-  };
-  if (dlogits && dlogits.dtype() == DType::bf16)
-    run(data<Bf16>(dlogits));
-  else
-    run(dlogits ? data<float>(dlogits) : nullptr);
+  if (rows == 0) return;
+  by_vector(logits.dtype(), n, {logits}, [&](auto z, auto v) {
+    using T = decltype(z);
+    const uint64_t held = uint64_t(kLossThreads) * kHeld * v;  // by a block
+    cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension};
+    cluster.val.clusterDim = {unsigned(std::min<uint64_t>(std::bit_ceil((n + held - 1) / held), 8)),
+                              1, 1};
+    const cudaLaunchConfig_t config{.gridDim = unsigned(rows) * cluster.val.clusterDim.x,
+                                    .blockDim = kLossThreads,
+                                    .stream = stream,
+                                    .attrs = &cluster,
+                                    .numAttrs = 1};
+    check(cudaLaunchKernelEx(&config, cross_entropy<v, T>, data<T>(logits),
+                             data<const int>(labels), n, data<float>(loss), backward));
+  });
 }
 
 }  // namespace pith::cuda

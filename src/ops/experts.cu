@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kWarps = 8;     // of a block that works row by row
 constexpr int kChunk = 1024;  // pairs that a block sorts
-constexpr int kMaxExperts = 512;
+constexpr int kMaxExperts = 512, kAhead = 4;
 
 // counts[chunk][expert], of consecutive chunks of ids.
 __global__ void count_chunks(const int* ids, int pairs, int experts, int* counts) {
@@ -79,10 +79,15 @@ __global__ void spread_rows(const T* from, const int* slots, const int* used, in
   for (int n = blockIdx.x * kWarps + threadIdx.x / 32; n < pairs; n += gridDim.x * kWarps) {
     const bool real = n < *used;
     const T* row = from + (real ? int64_t(slots[n] / top_k) : 0) * width;
-    for (int j = lane * V; j < width; j += 32 * V) {
-      float v[V] = {};
-      if (real) load<V>(row + j, v);
-      if (real || !add) store<V>(to + int64_t(n) * width + j, v, add);
+    for (int begin = lane * V; begin < width; begin += kAhead * 32 * V) {
+      float v[kAhead][V] = {};  // loaded before the first is stored
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (const int j = begin + i * 32 * V; real && j < width) load<V>(row + j, v[i]);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (const int j = begin + i * 32 * V; j < width && (real || !add))
+          store<V>(to + int64_t(n) * width + j, v[i], add);
     }
   }
 }

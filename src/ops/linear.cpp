@@ -34,9 +34,10 @@ std::byte* address(Tensor t, int64_t element) {
   return static_cast<std::byte*>(t.raw()) + element * int64_t(size_of(t.dtype()));
 }
 
-// y = x w^T, or x w: every group's rows times its matrix of w [N, K] or [E, N, K]. The tail is
-// zeroed.
-void multiply(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offsets, Tensor y) {
+// y (+)= x w^T, or x w: every group's rows times its matrix of w [N, K] or [E, N, K]. The tail is
+// zeroed; nothing is added to grouped rows.
+void multiply(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offsets, Tensor y,
+              bool add) {
   const int64_t k = x.dim(1), n = y.dim(1);
   const std::vector<Rows> groups = groups_of(x, offsets);
   std::vector<Rows> blocks;
@@ -48,19 +49,19 @@ void multiply(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offs
   cpu::parallel_tasks(blocks.size(), [&](int64_t i) {
     const Rows& r = blocks[i];
     cpu::gemm(false, trans_w, r.count(), n, k, address(x, r.begin * k), address(w, r.group * n * k),
-              x.dtype(), address(y, r.begin * n), y.dtype(), false);
+              x.dtype(), address(y, r.begin * n), y.dtype(), add);
   });
   if (const int64_t used = groups.back().end; used < y.dim(0))
     y.row_range(used, y.dim(0)).fill_zero();
 }
 
 void multiply_on_gpu(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offsets,
-                     Tensor y, auto stream) {
+                     Tensor y, bool add, auto stream) {
   if (offsets)
     (trans_w ? cuda::grouped_forward : cuda::grouped_input_gradient)(x, w, offsets, y, stream);
   else
     cuda::gemm(false, trans_w, x.dim(0), y.dim(1), x.dim(1), x.raw(), w.raw(), x.dtype(), y.raw(),
-               y.dtype(), false, stream);
+               y.dtype(), add, stream);
 }
 
 // dw (+)= dy^T x for every group. A group with more than a thread's share of the rows has all
@@ -136,8 +137,8 @@ Tensor product(Op& op, const Tensor& x, Param& w, const Tensor& offsets, LinearO
   Tensor y = op.output("y", {x.dim(0), n}, options.out == DType::u8 ? x.dtype() : options.out);
   const Cost cost{flops_of(x, y, offsets), double(x.nbytes() + m.nbytes() + y.nbytes())};
   op.run(
-      cost, [&] { multiply(x, m, true, offsets, y); },
-      [&](auto stream) { multiply_on_gpu(x, m, true, offsets, y, stream); });
+      cost, [&] { multiply(x, m, true, offsets, y, false); },
+      [&](auto stream) { multiply_on_gpu(x, m, true, offsets, y, false, stream); });
   if (bias) op.run({.bytes = 2.0 * y.nbytes()}, [&] { add_bias(y, bias->value); });
   op.backward([=, y = y.identity(), &w](Op& op) {
     Tensor dy = op.grad(y);
@@ -146,11 +147,16 @@ Tensor product(Op& op, const Tensor& x, Param& w, const Tensor& offsets, LinearO
         op.run({.bytes = double(dy.nbytes())}, [&] { cpu::add_rows(dy, nullptr, db); });
     if (dy.dtype() != x.dtype()) dy = dy.to(x.dtype(), "dy");
     if (op.wants(x)) {
-      Tensor dx = op.workspace("dx", x.shape(), x.dtype());
+      // On the CPU no bf16 product adds, and none of grouped rows does.
+      const bool apart = offsets || !op.on_gpu();
+      const Op::Into dx =
+          apart ? Op::Into{op.workspace("dx", x.shape(), x.dtype())} : op.accumulate(x);
       op.run(
-          cost, [&] { multiply(dy, w.value, false, offsets, dx); },
-          [&](auto stream) { multiply_on_gpu(dy, w.value, false, offsets, dx, stream); });
-      op.give(x, dx);
+          cost, [&] { multiply(dy, w.value, false, offsets, dx.tensor, dx.add); },
+          [&](auto stream) {
+            multiply_on_gpu(dy, w.value, false, offsets, dx.tensor, dx.add, stream);
+          });
+      if (apart) op.give(x, dx.tensor);
     }
     op.defer(w, x, dy, offsets);
   });

@@ -6,9 +6,7 @@
 namespace pith::cuda {
 namespace {
 
-constexpr int kPieces = 4;  // of V elements that a thread holds at most
-
-template <class T, int V>
+template <int V, int kPieces, class T>
 __global__ void forward(const T* x, const T* delta, const T* w, T* y, T* sum, float* rstd, int h,
                         float eps) {
   __shared__ float scratch[32];
@@ -49,7 +47,7 @@ template <class T> struct Gradient {
 };
 
 // See the CPU kernel for the formula. Every block sums dw over its rows in registers.
-template <class T, int V>
+template <int V, int kPieces, class T>
 __global__ void backward(const T* x, const T* dy, const T* dsum, const T* w, const float* rstd,
                          Gradient<T> dx, Gradient<T> ddelta, float* parts, int rows, int h) {
   __shared__ float scratch[32];
@@ -94,12 +92,15 @@ __global__ void backward(const T* x, const T* dy, const T* dsum, const T* w, con
   }
 }
 
-// Whole warps that hold a row of h elements in kPieces pieces of V a thread.
-int threads_for(int64_t h, int v) {
-  const int64_t threads = (h + v - 1) / v;
-  if (threads > 1024 * kPieces) fail("rows of {} are too long for the CUDA norm", h);
-  const int64_t pieces = threads <= 512 ? 1 : kPieces;
-  return int(((threads + pieces - 1) / pieces + 31) / 32 * 32);
+// f(pieces of V elements that a thread holds, threads): whole warps that hold a row of h elements.
+template <class F> void by_pieces(int h, auto v, F f) {
+  const int threads = blocks_for(h, v);
+  const auto whole_warps = [](int n) { return (n + 31) / 32 * 32; };
+  if (threads > 4096) fail("rows of {} are too long for the CUDA norm", h);
+  if (threads <= 512)
+    f(std::integral_constant<int, 1>(), whole_warps(threads));
+  else
+    f(std::integral_constant<int, 4>(), whole_warps((threads + 3) / 4));
 }
 
 // A warp's lanes are columns, the warps of a block take turns at the rows.
@@ -130,9 +131,11 @@ void add_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& w, Tensor 
   if (rows == 0) return;
   by_vector(x.dtype(), h, {x, delta, w, y, sum}, [&](auto z, auto v) {
     using T = decltype(z);
-    forward<T, v><<<rows, threads_for(h, v), 0, stream>>>(
-        data<const T>(x), delta ? data<const T>(delta) : nullptr, data<const T>(w), data<T>(y),
-        data<T>(sum), data<float>(rstd), h, eps);
+    by_pieces(h, v, [&](auto pieces, int threads) {
+      forward<v, pieces><<<rows, threads, 0, stream>>>(
+          data<const T>(x), delta ? data<const T>(delta) : nullptr, data<const T>(w), data<T>(y),
+          data<T>(sum), data<float>(rstd), h, eps);
+    });
     check(cudaGetLastError());
   });
 }
@@ -147,10 +150,12 @@ void add_rms_norm_backward(const Tensor& sum, const Tensor& dy, const Tensor& ds
       return Gradient<T>{g ? data<T>(g.tensor) : nullptr, g.add};
     };
     if (rows > 0)
-      backward<T, v><<<int(parts.dim(0)), threads_for(h, v), 0, stream>>>(
-          data<const T>(sum), data<const T>(dy), dsum ? data<const T>(dsum) : nullptr,
-          data<const T>(w), data<const float>(rstd), into(dx), into(ddelta), data<float>(parts),
-          rows, h);
+      by_pieces(h, v, [&](auto pieces, int threads) {
+        backward<v, pieces><<<int(parts.dim(0)), threads, 0, stream>>>(
+            data<const T>(sum), data<const T>(dy), dsum ? data<const T>(dsum) : nullptr,
+            data<const T>(w), data<const float>(rstd), into(dx), into(ddelta), data<float>(parts),
+            rows, h);
+      });
     check(cudaGetLastError());
   });
   if (dw)

@@ -29,21 +29,27 @@ template <class T> double squares(const T* g, int64_t n) {
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
-template <class T, class V>
-void adamw(const AdamW& rule, int64_t n, const T* grad, T* m, T* v, T* master, V* value) {
+template <class T, class G, class V>
+void adamw(const AdamW& rule, double scale, int64_t n, const G* grad, T* m, T* v, V* value,
+           uint16_t* rest) {
   const T b1 = T(rule.beta1), b2 = T(rule.beta2), one_b1 = T(1 - rule.beta1),
           one_b2 = T(1 - rule.beta2);
   const T m_scale = T(1 / (1 - std::pow(rule.beta1, double(rule.step))));
   const T v_scale = T(1 / std::sqrt(1 - std::pow(rule.beta2, double(rule.step))));
-  const T lr = T(rule.lr), eps = T(rule.eps), decay = T(rule.weight_decay),
-          g_scale = T(rule.grad_scale);
+  const T lr = T(rule.lr), eps = T(rule.eps), decay = T(rule.weight_decay), g_scale = T(scale);
   cpu::parallel_elements(n, [=](int64_t i) {
-    const T g = grad[i] * g_scale;
+    const T g = T(grad[i]) * g_scale;
     m[i] = b1 * m[i] + one_b1 * g;
     v[i] = b2 * v[i] + one_b2 * g * g;
     const T step = m[i] * m_scale / (std::sqrt(v[i]) * v_scale + eps);
-    master[i] -= lr * (step + decay * master[i]);
-    value[i] = V(master[i]);
+    if constexpr (std::is_same_v<V, bf16>) {
+      float master = join_master(value[i].bits, rest[i]);
+      master -= lr * (step + decay * master);
+      value[i] = bf16(master);
+      rest[i] = rest_of_master(master, value[i].bits);
+    } else {
+      value[i] -= lr * (step + decay * value[i]);
+    }
   });
 }
 
@@ -98,35 +104,63 @@ void muon(const Muon& rule, const Matrix& s, const T* grad, T* buf, T* master, V
 
 }  // namespace
 
-double sum_of_squares(Tape& tape, const Tensor& g, Loc at) {
-  Op op(tape, "sum_of_squares", at, {{"g", g}});
-  double sum = 0;
-  cpu::run(
-      op, {.bytes = double(g.nbytes())}, g.dtype(),
-      [&](auto z) { sum = squares(g.data<decltype(z)>(), g.numel()); },
-      [&](auto stream) {
-        const Tensor parts = op.workspace("squares", {cuda::kSquareParts}, DType::f64),
-                     out = op.workspace("squares", {1}, DType::f64);
-        cuda::sum_of_squares(g, parts, out, stream);
-        sum = out.template to_vector<double>()[0];
-      });
-  return sum;
+Tensor sum_of_squares(Tape& tape, std::span<const Tensor> tensors, Loc at) {
+  Op op(tape, "sum_of_squares", at, {});
+  const int64_t n = int64_t(tensors.size());
+  Tensor sums = op.workspace("squares", {n}, DType::f64);
+  for (int64_t i = 0; i < n; ++i) {
+    const Tensor& g = tensors[size_t(i)];
+    Tensor sum = sums.row_range(i, i + 1);
+    cpu::run(
+        op, {.bytes = double(g.nbytes())}, g.dtype(),
+        [&](auto z) { sum.data<double>()[0] = squares(g.data<decltype(z)>(), g.numel()); },
+        [&](auto stream) {
+          const Tensor parts = op.workspace("squares", {cuda::kSquareParts}, DType::f64);
+          return cuda::sum_of_squares(g, parts, sum, stream);
+        });
+  }
+  return sums;
 }
 
-void adamw_update(Tape& tape, const AdamW& rule, const Tensor& grad, Tensor m, Tensor v,
-                  Tensor master, Tensor value, Loc at) {
+Tensor clip_by_norm(Tape& tape, const Tensor& squares, double labels, double clip, Loc at) {
+  Op op(tape, "clip_by_norm", at, {{"squares", squares}});
+  op.require(squares.dtype() == DType::f64 && labels > 0, "squares must be fp64, labels positive");
+  Tensor norm = op.workspace("norm", {2}, DType::f64);
+  op.run(
+      {.bytes = double(squares.nbytes())},
+      [&] {
+        const auto all = squares.span<double>();
+        double* to = norm.data<double>();
+        to[0] = std::sqrt(std::accumulate(all.begin(), all.end(), 0.0)) / labels;
+        to[1] = (clip > 0 ? std::min(1.0, clip / (to[0] + 1e-6)) : 1.0) / labels;
+      },
+      [&](auto stream) { cuda::clip_by_norm(squares, labels, clip, norm, stream); });
+  return norm;
+}
+
+void adamw_update(Tape& tape, const AdamW& rule, const Tensor& norm, const Tensor& grad, Tensor m,
+                  Tensor v, Tensor value, Tensor rest, Loc at) {
   Op op(tape, "adamw_update", at,
-        {{"grad", grad}, {"m", m}, {"v", v}, {"master", master}, {"value", value}});
-  check_update(op, value, {grad, m, v, master});
+        {{"norm", norm}, {"grad", grad}, {"m", m}, {"v", v}, {"value", value}});
+  check_update(op, value, {grad.dtype() == value.dtype() ? m : grad, m, v});
+  op.require(grad.shape() == value.shape(), "grad must be like the value");
+  op.require(!rest == (value.dtype() != DType::bf16) && (!rest || rest.shape() == value.shape()),
+             "a bf16 value needs the rest of its master, others have none");
   op.require(rule.step >= 1, "step counts from 1, not {}", rule.step);
   cpu::run(
-      op, {.bytes = 7.0 * grad.nbytes() + value.nbytes()}, value.dtype(),
+      op, {.bytes = 5.0 * grad.nbytes() + 2.0 * (value.nbytes() + (rest ? rest.nbytes() : 0))},
+      value.dtype(),
       [&](auto z) {
         using T = cpu::Acc<decltype(z)>;
-        adamw(rule, grad.numel(), grad.data<T>(), m.data<T>(), v.data<T>(), master.data<T>(),
-              value.data<decltype(z)>());
+        const double* scale = norm.data<double>();
+        if (!std::isfinite(scale[0])) return;
+        by_float(grad.dtype(), [&](auto g) {
+          if constexpr (sizeof g <= sizeof(T))
+            adamw(rule, scale[1], grad.numel(), grad.data<decltype(g)>(), m.data<T>(), v.data<T>(),
+                  value.data<decltype(z)>(), rest ? rest.data<uint16_t>() : nullptr);
+        });
       },
-      [&](auto stream) { cuda::adamw_update(rule, grad, m, v, master, value, stream); });
+      [&](auto stream) { cuda::adamw_update(rule, norm, grad, m, v, value, rest, stream); });
 }
 
 void muon_update(Tape& tape, const Muon& rule, const Tensor& grad, Tensor buf, Tensor master,

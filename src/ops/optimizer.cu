@@ -1,21 +1,27 @@
+#include "core/param.h"
 #include "ops/cuda.h"
 #include "ops/cuda_helpers.cuh"
 
 namespace pith::cuda {
 namespace {
 
+__device__ double warp_sum(double x) {
+  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+  return x;
+}
+
 // A fixed share of the elements for each block, so that the order of additions does not change.
-__global__ void squares(const float* g, int64_t n, double* parts) {
+template <int V, class T> __global__ void squares(const T* g, int64_t n, double* parts) {
   __shared__ double scratch[8];
   double sum = 0;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n / 4;
-       i += int64_t(gridDim.x) * blockDim.x) {
-    const float4 v = reinterpret_cast<const float4*>(g)[i];
-    sum += double(v.x * v.x) + double(v.y * v.y) + double(v.z * v.z) + double(v.w * v.w);
+  for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V; i < n;
+       i += int64_t(gridDim.x) * blockDim.x * V) {
+    float v[V];
+    load<V>(g + i, v);
+#pragma unroll
+    for (int x = 0; x < V; ++x) sum += double(v[x] * v[x]);
   }
-  if (blockIdx.x == 0 && threadIdx.x < n % 4)
-    sum += double(g[n - 1 - threadIdx.x]) * double(g[n - 1 - threadIdx.x]);
-  for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+  sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
   __syncthreads();
   if (threadIdx.x > 0) return;
@@ -23,53 +29,86 @@ __global__ void squares(const float* g, int64_t n, double* parts) {
   parts[blockIdx.x] = sum;
 }
 
-__global__ void sum_squares(const double* parts, int n, double* out) {
+// By one warp.
+__device__ double sum_of(const double* parts, int n) {
   double sum = 0;
   for (int i = threadIdx.x; i < n; i += 32) sum += parts[i];
-  for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+  return warp_sum(sum);
+}
+
+__global__ void sum_squares(const double* parts, int n, double* out) {
+  const double sum = sum_of(parts, n);
   if (threadIdx.x == 0) *out = sum;
 }
 
+__global__ void clip(const double* squares, int n, double labels, double most, double* out) {
+  const double norm = sqrt(sum_of(squares, n)) / labels;
+  out[0] = norm;
+  out[1] = (most > 0 ? fmin(1.0, most / (norm + 1e-6)) : 1.0) / labels;
+}
+
 struct Rates {
-  float lr, b1, b2, eps, decay, grad_scale, m_scale, v_scale;
+  float lr, b1, b2, eps, decay, m_scale, v_scale;
 };
 
-template <int V, class T>
-__global__ void adamw(const Rates r, int64_t n, const float* grad, float* m, float* v,
-                      float* master, T* value) {
+// rest is null where T is the master dtype.
+template <int V, class G, class T>
+__global__ void adamw(const Rates r, const double* norm, int64_t n, const G* grad, float* m,
+                      float* v, T* value, uint16_t* rest) {
   const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
-  if (i >= n) return;
+  if (i >= n || !isfinite(norm[0])) return;
+  const float scale = float(norm[1]);
   float g[V], first[V], second[V], w[V];
   load<V>(grad + i, g);
   load<V>(m + i, first);
   load<V>(v + i, second);
-  load<V>(master + i, w);
+  const auto before = *reinterpret_cast<const Pack<V, T>*>(value + i);
+  Pack<V, uint16_t> low;
+  if (rest) low = *reinterpret_cast<const Pack<V, uint16_t>*>(rest + i);
 #pragma unroll
   for (int x = 0; x < V; ++x) {
-    const float scaled = g[x] * r.grad_scale;
+    if constexpr (sizeof(T) == 2)
+      w[x] = pith::join_master(reinterpret_cast<const uint16_t&>(before.at[x]), low.at[x]);
+    else
+      w[x] = before.at[x];
+    const float scaled = g[x] * scale;
     first[x] = r.b1 * first[x] + (1 - r.b1) * scaled;
     second[x] = r.b2 * second[x] + (1 - r.b2) * scaled * scaled;
     const float step = first[x] * r.m_scale / (sqrtf(second[x]) * r.v_scale + r.eps);
     w[x] -= r.lr * (step + r.decay * w[x]);
+    const T rounded = T(w[x]);
+    if constexpr (sizeof(T) == 2)
+      low.at[x] = rest_of_master(w[x], reinterpret_cast<const uint16_t&>(rounded));
   }
   store<V>(m + i, first);
   store<V>(v + i, second);
-  store<V>(master + i, w);
   store<V>(value + i, w);
+  if (rest) *reinterpret_cast<Pack<V, uint16_t>*>(rest + i) = low;
 }
 
 }  // namespace
 
-void sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream stream) {
-  squares<<<int(kSquareParts), 256, 0, stream>>>(data<const float>(g), g.numel(),
-                                                 data<double>(parts));
+bool sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream stream) {
+  if (g.dtype() > DType::bf16 || g.dtype() == DType::f64) return false;
+  by_vector(g.dtype(), g.numel(), {g}, [&](auto z, auto v) {
+    squares<v><<<int(kSquareParts), 256, 0, stream>>>(data<const decltype(z)>(g), g.numel(),
+                                                      data<double>(parts));
+  });
   sum_squares<<<1, 32, 0, stream>>>(data<const double>(parts), int(kSquareParts),
                                     data<double>(out));
   check(cudaGetLastError());
+  return true;
 }
 
-void adamw_update(const AdamW& rule, const Tensor& grad, Tensor m, Tensor v, Tensor master,
-                  Tensor value, Stream stream) {
+void clip_by_norm(const Tensor& squares, double labels, double clip_norm, Tensor norm,
+                  Stream stream) {
+  clip<<<1, 32, 0, stream>>>(data<const double>(squares), int(squares.numel()), labels, clip_norm,
+                             data<double>(norm));
+  check(cudaGetLastError());
+}
+
+void adamw_update(const AdamW& rule, const Tensor& norm, const Tensor& grad, Tensor m, Tensor v,
+                  Tensor value, Tensor rest, Stream stream) {
   const int64_t n = grad.numel();
   if (n == 0) return;
   const Rates r{float(rule.lr),
@@ -77,15 +116,17 @@ void adamw_update(const AdamW& rule, const Tensor& grad, Tensor m, Tensor v, Ten
                 float(rule.beta2),
                 float(rule.eps),
                 float(rule.weight_decay),
-                float(rule.grad_scale),
                 float(1 / (1 - std::pow(rule.beta1, double(rule.step)))),
                 float(1 / std::sqrt(1 - std::pow(rule.beta2, double(rule.step))))};
-  by_vector(value.dtype(), n, {grad, m, v, master, value}, [&](auto z, auto width) {
+  by_vector(value.dtype(), n, {grad, m, v, value, rest}, [&](auto z, auto width) {
     using T = decltype(z);
-    adamw<width, T><<<blocks_for(n, 256 * width), 256, 0, stream>>>(
-        r, n, data<const float>(grad), data<float>(m), data<float>(v), data<float>(master),
-        data<T>(value));
-    check(cudaGetLastError());
+    const auto run = [&]<class G>(const G* g) {
+      adamw<width><<<blocks_for(n, 256 * width), 256, 0, stream>>>(
+          r, data<const double>(norm), n, g, data<float>(m), data<float>(v), data<T>(value),
+          rest ? data<uint16_t>(rest) : nullptr);
+      check(cudaGetLastError());
+    };
+    grad.dtype() == DType::bf16 ? run(data<const Bf16>(grad)) : run(data<const float>(grad));
   });
 }
 

@@ -5,20 +5,27 @@
 
 namespace pith {
 
-// sum of squares of g, in fp64 over fixed blocks of elements (independent of the number of
-// threads); infinity or NaN if any element is.
-double sum_of_squares(Tape& tape, const Tensor& g, Loc at = Loc::current());
+// The sum of squares of each tensor, fp64 [n], over fixed blocks of elements (independent of the
+// number of threads); infinity or NaN if any element is.
+Tensor sum_of_squares(Tape& tape, std::span<const Tensor> tensors, Loc at = Loc::current());
 
-// AdamW (Loshchilov & Hutter 2019), as torch.optim.AdamW: g = grad * grad_scale; m, v moments; bias
+// Clipping by the global norm, as torch.nn.utils.clip_grad_norm_, of gradients that are sums over
+// `labels`: fp64 [2], the norm of the mean gradient and the factor min(1, clip / (norm + 1e-6)) /
+// labels (clip 0: 1 / labels). It stays on the device, so that no step waits for its norm.
+Tensor clip_by_norm(Tape& tape, const Tensor& squares, double labels, double clip,
+                    Loc at = Loc::current());
+
+// AdamW (Loshchilov & Hutter 2019), as torch.optim.AdamW: g = grad * norm[1]; m, v moments; bias
 // correction by `step` (1-based); master -= lr * (m^ / (sqrt(v^) + eps) + weight_decay * master).
-// Tensors of one shape; `value` (compute dtype) receives the rounded master, the others have its
-// master dtype.
+// `norm` is of clip_by_norm: where it is not finite nothing happens. Tensors of one shape: m, v
+// and grad in the master dtype of `value` (grad also in bf16 where that is the value's); value and
+// rest are the master (core/param.h).
 struct AdamW {
-  double lr, beta1, beta2, eps, weight_decay, grad_scale;
+  double lr, beta1, beta2, eps, weight_decay;
   int64_t step;
 };
-void adamw_update(Tape& tape, const AdamW& rule, const Tensor& grad, Tensor m, Tensor v,
-                  Tensor master, Tensor value, Loc at = Loc::current());
+void adamw_update(Tape& tape, const AdamW& rule, const Tensor& norm, const Tensor& grad, Tensor m,
+                  Tensor v, Tensor value, Tensor rest, Loc at = Loc::current());
 
 // Muon (Jordan et al. 2024; update scale of Liu et al. 2025, "Muon is scalable for LLM training"),
 // for one matrix [r, c] or a batch [b, r, c] of matrices: momentum buf = lerp(buf, g, 1 -
