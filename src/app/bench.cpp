@@ -81,13 +81,13 @@ RunConfig make_run(const BenchOptions& o, const std::string& directory) {
 }
 
 // One document of ids drawn uniformly, enough for every step.
-void write_random_corpus(const RunConfig& run, int64_t vocabulary) {
+void write_random_corpus(const std::string& prefix, const RunConfig& run, int64_t vocabulary) {
   const int64_t tokens =
       run.train.steps * run.train.global_batch_size * run.data.sequence_length + 1;
   std::vector<int32_t> ids;
   for (int64_t i = 0; i < tokens; ++i)
     ids.push_back(int32_t(uniform(uint64_t(run.train.seed), uint64_t(i)) * double(vocabulary)));
-  CorpusWriter writer(run.out + "/random", vocabulary);
+  CorpusWriter writer(prefix, vocabulary);
   writer.add(ids, std::vector{int32_t(tokens)});
   writer.finish();
 }
@@ -102,7 +102,7 @@ void bench_train(const BenchOptions& o) {
   const TemporaryDirectory directory;
   const RunConfig run = make_run(o, directory.path);
   const Value config = read_model_config(run.model);
-  write_random_corpus(run, config.at("vocab_size").as_int());
+  write_random_corpus(directory.path + "/random", run, config.at("vocab_size").as_int());
   const double start = omp_get_wtime();
   const Plan plan = make_plan(run);
   say(stderr, plan.table);
@@ -183,7 +183,7 @@ double measure_copy(Device device) {
     }
     seconds.push_back(now(device) - begin);
   }
-  return 2 * double(bytes) / median(seconds);
+  return 2 * double(bytes) / std::ranges::min(seconds);
 }
 
 using Tensors = std::vector<Tensor>;
@@ -195,7 +195,7 @@ struct OpBench {
   const DType wide = master_dtype(context.dtype);
   double peak_flops = measure_peak_flops(context.dtype, context.device);
   double copy_bytes = measure_copy(context.device);
-  Value rows = Value::array();
+  Value rows;
 
   // Normal numbers, repeated so that large tensors are quick to make.
   Tensor random(const Shape& shape, DType dtype) const {
@@ -416,6 +416,7 @@ void bench_ops(const BenchOptions& o) {
   b.time_rows(s, tokens);
   b.time_ends(s, 4 * tokens, tokens / 4);
   b.time_optimizer(b.gpu ? 1 << 26 : 1 << 24);
+  if (b.rows.is_null()) fail_input("--filter {}: no operator has this in its name", o.filter);
   write_json(o.json, Value::object({{"device", name_of(b.context.device)},
                                     {"dtype", o.dtype},
                                     {"peak_tflops", b.peak_flops / 1e12},

@@ -88,8 +88,8 @@ static void add_bench(CLI::App& app) {
   CLI::App* t = b->add_subcommand("train", "training steps of a workload, on random tokens");
   t->callback([] { bench_train(o); });
   t->add_option("--workload", o.workload, "W1 ... W6 or tiny")->required();
-  t->add_option("--steps", o.steps, "to be timed")->check(CLI::PositiveNumber);
-  t->add_option("--warmup", o.warmup, "before them")->check(CLI::PositiveNumber);
+  t->add_option("--steps", o.steps, "to be timed")->check(CLI::Range(1, 100000));
+  t->add_option("--warmup", o.warmup, "before them")->check(CLI::Range(1, 100000));
   t->add_option("--routing", o.routing, "balanced or real")
       ->check(CLI::IsMember({"balanced", "real"}));
   t->add_option("--model", o.model, "this Hugging Face directory in place of random weights");
