@@ -64,14 +64,15 @@ TEST(Bench, OpsGivesEveryPassWithItsShareOfTheCeiling) {
     EXPECT_GT(row.at("share").as_real(), 0) << op;
     EXPECT_GT(row.at("tflops").as_real() + row.at("tbps").as_real(), 0) << op;
   }
-  EXPECT_EQ(passes["linear forward"], 4);
-  EXPECT_EQ(passes["linear backward"], 4);
-  EXPECT_EQ(passes["linear_wgrad forward"], 4);
-  EXPECT_EQ(passes["grouped_linear forward"], 6);
-  EXPECT_EQ(passes["grouped_linear backward"], 6);
-  EXPECT_EQ(passes["grouped_linear_wgrad forward"], 24);
+  EXPECT_EQ(passes["linear qkv forward"], 2);
+  EXPECT_EQ(passes["linear o backward"], 2);
+  EXPECT_EQ(passes["grouped_linear gate_up forward"], 3);
+  EXPECT_EQ(passes["grouped_linear down backward"], 3);
+  for (const char* records : {"x1", "x2", "x4", "x8"})
+    EXPECT_EQ(passes[std::string("grouped_linear down wgrad ") + records + " forward"], 3);
   EXPECT_EQ(passes["swiglu backward"], 1);
   EXPECT_EQ(passes["head_loss forward"], 1);
+  EXPECT_EQ(passes["adamw forward"], 0);  // not asked for
 }
 
 TEST(Bench, BadUsageIsOneClearLine) {

@@ -58,15 +58,13 @@ static std::string label(const char* name, bool backward) {
   return std::string(name) + (backward ? " backward" : "");
 }
 
-namespace {
 struct Total {
   double ms = 0;
   int64_t instances = 0;
 };
-}  // namespace
 using Totals = std::map<std::string, Total>;
 
-static std::vector<std::pair<std::string, Total>> heaviest_first(const Totals& totals) {
+static auto heaviest_first(const Totals& totals) {
   std::vector<std::pair<std::string, Total>> sorted(totals.begin(), totals.end());
   std::ranges::stable_sort(sorted, std::greater(), [](const auto& t) { return t.second.ms; });
   return sorted;
