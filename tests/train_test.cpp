@@ -210,6 +210,23 @@ TEST(Train, DeferredWeightGradientsChangeNothing) {
   expect_same_checkpoint(run, "now", "later");
 }
 
+// Only memory changes.
+TEST(Train, RecomputingChangesNothing) {
+  const TinyRun run;
+  const std::string settings =
+      "train.steps=3 train.wgrad_micro_batches=2 balance.loss=micro_batch balance.coefficient=0.1 "
+      "balance.z_loss=0.01 ";
+  ASSERT_EQ(run.train("kept", settings).code, 0);
+  for (const char* what :
+       {"norm", "swiglu", "gather", "stage1", "norm\",\"swiglu\",\"gather\",\"stage1"}) {
+    const Outcome o = run.train("again", settings + "'train.recompute=[\"" + what + "\"]'");
+    ASSERT_EQ(o.code, 0) << o.err;
+    EXPECT_EQ(run.metrics("kept"), run.metrics("again")) << what;
+    expect_same_checkpoint(run, "kept", "again");
+    std::filesystem::remove_all(run.dir / "again");
+  }
+}
+
 TEST(Train, AReplayedTraceRepeatsTheRun) {
   const TinyRun run;
   ASSERT_EQ(run.train("traced", "train.steps=4 trace.routing=" + run.dir / "trace").code, 0);

@@ -99,7 +99,7 @@ void bench_train(const BenchOptions& o) {
   const Plan plan = make_plan(run);
   say(stderr, plan.table);
   const Device device = parse_device(run.device);
-  Context context{.device = device, .dtype = parse_dtype(run.dtype)};
+  Context context = make_context(run, device);
   const auto model = make_model(read_model_config(run.model), model_options(run, device));
   Optimizer optimizer(model->params, run, context);
   Pipeline pipeline(*model, context, run.train);

@@ -94,6 +94,18 @@ void Op::check_written() const {
   }
 }
 
+void Op::recompute(bool wanted, bool until_flush, const Tensor& y,
+                   std::function<void(Op&, const Tensor&)> f) {
+  if (!wanted || !(tape_.record_ || backward_)) return;
+  Tensor(y).set_remake(
+      [f = std::move(f), &context = tape_.context, name = name_, at = at_](const Tensor& y) {
+        Tape tape(context, false);
+        Op op(tape, name, at, {});
+        f(op, y);
+      });
+  tape_.evictable_.push_back({y, until_flush});
+}
+
 void Op::backward(std::function<void(Op&)> f) {
   if (tape_.record_)
     tape_.entries_.push_back({name_, at_, std::move(args_), std::move(outputs_), std::move(f)});

@@ -61,6 +61,11 @@ class Op {
       run(cost, cpu, OnGpu());
   }
 
+  // Lets the tape give back the memory of y, which f(op, y) fills again: before the backward, or, as
+  // nothing but a weight gradient reads it, when that is computed. f captures tensors by value.
+  void recompute(bool wanted, bool until_flush, const Tensor& y,
+                 std::function<void(Op&, const Tensor&)> f);
+
   // Appends the closure that computes input gradients; dropped unless the tape records. It is
   // skipped when none of the outputs has a gradient. Capture tensors by value and Params by
   // reference.

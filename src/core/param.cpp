@@ -54,13 +54,15 @@ Param& ParamSet::find(const std::string& name) const {
   fail("there is no parameter {}", name);
 }
 
-void ParamSet::allocate(DType compute, Device device, bool training) {
+void ParamSet::allocate(DType compute, Device device, bool training, bool bf16_grads) {
   const DType wide = master_dtype(compute);
   for (auto& p : params_) {
     p->value = Tensor(p->shape, p->trained() ? compute : wide, device, "weight");
     if (training && p->value.dtype() != wide)
       p->rest = Tensor(p->shape, DType::u16, device, "master_rest");
-    if (training && p->trained()) p->grad = Tensor(p->shape, wide, device, "main_grad");
+    const bool product = p->role != Role::vector && p->role != Role::embedding;
+    if (training && p->trained())
+      p->grad = Tensor(p->shape, product && bf16_grads ? DType::bf16 : wide, device, "main_grad");
   }
 }
 

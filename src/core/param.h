@@ -70,7 +70,8 @@ class ParamSet {
   Param& find(const std::string& name) const;
 
   // Memory for values, masters and gradients (the latter only if `training`), uninitialized.
-  void allocate(DType compute, Device device, bool training);
+  // bf16_grads: of matrices, the router and the head; other gradients have the master dtype.
+  void allocate(DType compute, Device device, bool training, bool bf16_grads = false);
   // Counter RNG keyed by (seed, Hugging Face name, element index): the same model on every layout.
   void initialize(uint64_t seed, double std);
   void begin_step();  // the next gradient contribution overwrites

@@ -32,7 +32,16 @@ Tensor Tape::take_grad(const Tensor& x) {
   return g ? g : Tensor::zeros(x.shape(), x.dtype(), x.device(), "grad");
 }
 
+void Tape::evict() const {
+  for (const auto& [tensor, until_flush] : evictable_) tensor.evict();
+}
+
 void Tape::backward() {
+  for (auto& [tensor, until_flush] : evictable_) {
+    if (until_flush) continue;
+    tensor.restore();
+    tensor.set_remake(nullptr);  // and with it what it is made of
+  }
   while (!entries_.empty()) {
     Entry entry = std::move(entries_.back());
     entries_.pop_back();
@@ -45,6 +54,7 @@ void Tape::backward() {
     // Nothing earlier can add to these any more: their memory is free from here on.
     for (uint64_t id : entry.outputs) grads_.erase(id);
   }
+  evict();
 }
 
 void Context::enter(const char* new_stage, int64_t new_layer) {

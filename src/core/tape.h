@@ -37,13 +37,20 @@ struct OpEvent {  // one run of one op, for the timeline
 std::string write_timeline(const std::string& path, const std::vector<OpEvent>& events,
                            cuda::Timeline timeline = {});
 
+// What is computed again in the backward instead of being kept: outputs of norms, SwiGLU and the
+// gather into expert order as far as only weight gradients read them, or all of stage 1.
+struct Recompute {
+  bool norm = false, swiglu = false, gather = false, stage1 = false;
+};
+
 // Where a computation runs and how it is watched: one per process and device, passed explicitly.
 struct Context {
   Device device = Device::cpu;
   Device planned = Device::cpu;  // on meta: the device that it stands for
   DType dtype = DType::f32;      // compute
   bool check_finite = false;     // scan what every op writes and fail at the op's line
-  Cost total;                    // since the owner last cleared it
+  Recompute recompute = {};
+  Cost total;  // since the owner last cleared it
   std::vector<OpEvent>* timeline = nullptr;
 
   // Where the step is now, for the timeline and Nsight: "stage3_experts" (a literal) and its decoder
@@ -83,6 +90,7 @@ class Tape {
   void set_grad(const Tensor& y, Tensor grad);  // seeds an output; a second call adds
   Tensor take_grad(const Tensor& x);            // moves it out; zeros if nothing reached x
   void backward();
+  void evict() const;  // what Op::recompute allows, after its last use in the forward
 
   struct Arg {  // of an op
     const char* name;
@@ -101,6 +109,8 @@ class Tape {
   Tensor& slot(const Tensor& x);
   bool record_;
   std::vector<Entry> entries_;
+  std::vector<std::pair<Tensor, bool>>
+      evictable_;  // and whether until weight gradients are flushed
   // Of leaves and outputs, by identity; an empty tensor before the first contribution.
   std::unordered_map<uint64_t, Tensor> grads_;
 };

@@ -66,7 +66,11 @@ struct Tensor::Storage {
   size_t bytes;
   Device device;
   const char* name;
-  ~Storage() { memory::release(data, bytes, device, name); }
+  bool evicted = false;
+  std::function<void(const Tensor&)> remake = nullptr;
+  ~Storage() {
+    if (!evicted) memory::release(data, bytes, device, name);
+  }
 };
 
 Tensor::Tensor(Shape shape, DType dtype, Device device, const char* name)
@@ -84,6 +88,7 @@ void* Tensor::raw(DType want, bool writes) const {
   if (dtype_ != want) fail("a {} tensor was read as {}", str(), name_of(want));
   if (!*this) fail("an empty tensor has no data");
   if (device_ == Device::meta) fail("a meta tensor {} has no data", shape_.str());
+  if (storage_->evicted) fail("the data of {} were given back", str());
   void* data = storage_->data;
   if (device_ == Device::cuda && host_view) {
     const std::lock_guard lock(host_mutex);
@@ -189,6 +194,23 @@ void Tensor::add(const Tensor& other) {
     for (int64_t i = 0; i < numel(); ++i) to[i] = T(to[i] + from[i]);
   });
   view.write_back();
+}
+
+void Tensor::set_remake(std::function<void(const Tensor&)> remake) {
+  storage_->remake = std::move(remake);
+}
+
+void Tensor::evict() const {
+  if (!storage_ || !storage_->remake || storage_->evicted) return;
+  storage_->evicted = true;
+  memory::release(storage_->data, storage_->bytes, device_, storage_->name);
+}
+
+void Tensor::restore() const {
+  if (!storage_ || !storage_->evicted) return;
+  storage_->data = memory::allocate(storage_->bytes, device_, storage_->name);
+  storage_->evicted = false;
+  storage_->remake(*this);
 }
 
 std::string Tensor::str() const {

@@ -130,7 +130,12 @@ class Tensor {
   void copy_from(
       const Tensor& src);         // as many elements; converts floating dtypes, between devices too
   void add(const Tensor& other);  // of the same shape and floating dtype, element by element
-  std::string str() const;        // "bf16[4, 128] cpu"
+  // Gives memory back that `remake(*this)` can fill again: from evict() to restore() there are no
+  // data. Both do nothing for a tensor without a remake.
+  void set_remake(std::function<void(const Tensor&)> remake);
+  void evict() const;
+  void restore() const;
+  std::string str() const;  // "bf16[4, 128] cpu"
   // Converted copy, for tests and small results.
   template <class T> std::vector<T> to_vector() const {
     std::vector<T> out(static_cast<size_t>(numel()));

@@ -69,9 +69,11 @@ double StepSums::loss() const {
 
 void Pipeline::forward_layer(Record& r, int64_t layer) {
   LayerRecord& l = r.layers.back();
+  const bool again = context_.recompute.stage1 && l.stage1.recording();
+  Tape once(context_, false);
   leaf(l.stage1, l.in);
   context_.enter("stage1_attention_router", layer);
-  l.s1 = model_.stage1_attention_router(l.stage1, layer, l.in, r.mb);
+  l.s1 = model_.stage1_attention_router(again ? once : l.stage1, layer, l.in, r.mb);
   Tensor combined;
   if (l.s1.rows) {
     l.received = stage2_dispatch(l.s1);
@@ -82,6 +84,20 @@ void Pipeline::forward_layer(Record& r, int64_t layer) {
     combined = stage4_combine(l.sums);
   }
   r.last = stage5_add(l.s1, combined, l.in);
+  l.stage1.evict();
+  l.stage3.evict();
+}
+
+// Stage 1 once more, this time recorded, with the experts that were chosen; what was counted is not
+// counted again.
+void Pipeline::repeat_stage1(Record& r, int64_t layer) {
+  LayerRecord& l = r.layers[layer];
+  MicroBatch mb = r.mb;
+  mb.statistics = nullptr;
+  mb.trace = nullptr;
+  mb.replay.assign(size_t(model_.size.moe_layers), l.s1.ids);
+  l.s1 = {};
+  l.s1 = model_.stage1_attention_router(l.stage1, layer, l.in, mb);
 }
 
 Pipeline::Record Pipeline::forward(const MicroBatch& mb, WgradQueue* queue) {
@@ -108,20 +124,24 @@ Tensor Pipeline::logits(const MicroBatch& mb) {
 
 Carry Pipeline::backward_layer(Record& r, int64_t layer, Carry d_out) {
   LayerRecord& l = r.layers[layer];
-  l.stage1.set_grad(l.s1.residual, d_out.hidden);
-  for (size_t i = 0; i < l.in.extra.size(); ++i) l.stage1.set_grad(l.in.extra[i], d_out.extra[i]);
   const bool moe = bool(l.s1.rows);
-  (moe ? l.stage3 : l.stage1).set_grad(moe ? std::exchange(l.sums, {}) : l.s1.delta, d_out.delta);
-  d_out = {};
   if (moe) {
     context_.enter("stage3_experts", layer);
+    l.stage3.set_grad(std::exchange(l.sums, {}), std::exchange(d_out.delta, {}));
     l.stage3.backward();
+  }
+  context_.enter("stage1_attention_router", layer);
+  if (context_.recompute.stage1) repeat_stage1(r, layer);
+  l.stage1.set_grad(l.s1.residual, d_out.hidden);
+  for (size_t i = 0; i < l.in.extra.size(); ++i) l.stage1.set_grad(l.in.extra[i], d_out.extra[i]);
+  if (!moe) l.stage1.set_grad(l.s1.delta, d_out.delta);
+  d_out = {};
+  if (moe) {
     l.stage1.set_grad(l.s1.rows, l.stage3.take_grad(l.received.rows));
     l.stage1.set_grad(l.s1.weights, l.stage3.take_grad(l.received.weights));
   }
   l.s1 = {};
   l.received = {};
-  context_.enter("stage1_attention_router", layer);
   l.stage1.backward();
   return take_grad(l.stage1, l.in);
 }

@@ -37,6 +37,7 @@ class Pipeline {
   Record forward(const MicroBatch& mb, WgradQueue* queue);  // nullptr: forward only
   void backward(Record& r);
   void forward_layer(Record& r, int64_t layer);
+  void repeat_stage1(Record& r, int64_t layer);
   Carry backward_layer(Record& r, int64_t layer, Carry d_out);
   void flush();
 

@@ -10,8 +10,21 @@ ModelOptions model_options(const RunConfig& run, Device device) {
   return {
       .dtype = parse_dtype(run.dtype),
       .device = device,
+      .bf16_grads = run.train.main_grad == "bf16",
       .max_positions = run.data.sequence_length,
       .balance = {b.loss, b.coefficient, b.z_loss, b.bias_update_rate, run.train.force_balance}};
+}
+
+Context make_context(const RunConfig& run, Device device) {
+  Context context{.device = device,
+                  .planned = parse_device(run.device),
+                  .dtype = parse_dtype(run.dtype),
+                  .check_finite = run.debug.check_finite};
+  const auto wanted = [&](const char* what) {
+    return std::ranges::count(run.train.recompute, what) > 0;
+  };
+  context.recompute = {wanted("norm"), wanted("swiglu"), wanted("gather"), wanted("stage1")};
+  return context;
 }
 
 // What makes up the peak, largest first.
@@ -34,8 +47,7 @@ static std::string peak_table(size_t peak) {
 
 Plan make_plan(const RunConfig& run) {
   memory::reset_peak(Device::meta);
-  Context context{
-      .device = Device::meta, .planned = parse_device(run.device), .dtype = parse_dtype(run.dtype)};
+  Context context = make_context(run, Device::meta);
   const auto model = make_model(read_model_config(run.model), model_options(run, Device::meta));
   Optimizer optimizer(model->params, run, context);
   const size_t static_bytes = memory::live(Device::meta);

@@ -15,6 +15,7 @@ struct Plan {
   std::string table;
 };
 
+Context make_context(const RunConfig& run, Device device);
 ModelOptions model_options(const RunConfig& run, Device device);  // of a training run
 
 Plan make_plan(const RunConfig& run);

@@ -219,10 +219,8 @@ void check(const RunConfig& c) {
   refuse(c.dtype == "fp64" && c.device == "cuda",
          "dtype = \"fp64\" runs on the cpu only: use device=\"cpu\", or bf16 or fp32");
   const TrainConfig& t = c.train;
-  refuse(t.main_grad == "bf16", "train.main_grad = \"bf16\": the cpu back end has fp32 only");
-  refuse(!t.recompute.empty(),
-         "train.recompute = {}: the cpu back end keeps every activation, use []",
-         put(t.recompute).json());
+  refuse(t.main_grad == "bf16" && (c.dtype != "bf16" || c.device != "cuda"),
+         "train.main_grad = \"bf16\" needs dtype = \"bf16\" and device = \"cuda\": use \"fp32\"");
   refuse(t.global_batch_size % t.micro_batch_size != 0,
          "train.global_batch_size = {} is not a multiple of train.micro_batch_size = {}",
          t.global_batch_size, t.micro_batch_size);

@@ -32,8 +32,9 @@ struct Balance {
 struct ModelOptions {
   DType dtype = DType::f32;
   Device device = Device::cpu;
-  bool training = true;       // gradients and masters
-  int64_t max_positions = 0;  // rows of the rotary tables
+  bool training = true;                   // gradients and masters
+  bool bf16_grads = false;    // main gradients of matrices
+  int64_t max_positions = 0;              // rows of the rotary tables
   Balance balance;
 };
 

@@ -68,7 +68,7 @@ class Qwen3Moe : public Model {
     const bool tied = config_flag(c, "tie_word_embeddings", false);
     if (tied) ignored_when_reading = {"lm_head.weight"};
     lm_head_ = tied ? embed_ : matrix("lm_head.weight", table, Role::head);
-    params.allocate(options.dtype, options.device, options.training);
+    params.allocate(options.dtype, options.device, options.training, options.bf16_grads);
   }
 
   Carry embed(Tape& t, MicroBatch& mb) override {

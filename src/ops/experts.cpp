@@ -74,22 +74,30 @@ static Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const 
   const int64_t rows = order.pairs.dim(0), pairs = order.slots.dim(0);
   check_order(op, order, from, gather ? rows : pairs);
   Tensor to = op.output(name, {gather ? pairs : rows, from.dim(1)}, from.dtype());
-  const Cost cost{.bytes = double(from.nbytes() + to.nbytes())};
-  cpu::run(
-      op, cost, from.dtype(),
-      [&](auto z) {
-        (gather ? spread<decltype(z)> : collect<decltype(z)>)(from, order, to, false);
-      },
-      [&](auto stream) { move_on_gpu(from, order, to, gather, false, stream); });
-  op.backward([=](Op& op) {
+  const auto move = [order, cost = Cost{.bytes = double(from.nbytes() + to.nbytes())}](
+                        Op& op, bool gather, const Tensor& from, const Op::Into& to) {
+    cpu::run(
+        op, cost, from.dtype(),
+        [&](auto z) {
+          (gather ? spread<decltype(z)> : collect<decltype(z)>)(from, order, to.tensor, to.add);
+        },
+        [&](auto stream) { move_on_gpu(from, order, to.tensor, gather, to.add, stream); });
+  };
+  move(op, gather, from, {to});
+  // The larger matrix, of pairs, can be gathered again, here or in the backward.
+  const auto gather_again = [move](Op& op, const Tensor& from, const Tensor& to) {
+    op.recompute(op.context().recompute.gather, true, to, [=](Op& op, const Tensor& to) {
+      from.restore();
+      move(op, true, from, {to});
+    });
+  };
+  if (gather) gather_again(op, from, to);
+  op.backward([=, from = from.identity(), to = to.identity()](Op& op) {
     const Tensor d_to = op.grad(to);
-    if (auto d = op.accumulate(from))
-      cpu::run(
-          op, cost, from.dtype(),
-          [&](auto z) {
-            (gather ? collect<decltype(z)> : spread<decltype(z)>)(d_to, order, d.tensor, d.add);
-          },
-          [&](auto stream) { move_on_gpu(d_to, order, d.tensor, !gather, d.add, stream); });
+    const Op::Into d = op.accumulate(from);
+    if (!d) return;
+    move(op, !gather, d_to, d);
+    if (!gather && !d.add) gather_again(op, d_to, d.tensor);
   });
   return to;
 }
@@ -209,11 +217,17 @@ Tensor swiglu(Tape& tape, const Tensor& gate_up, const Tensor& weights, const Ex
   op.require(!weights || (weights.shape() == order.pairs.shape() && weights.dtype() == wide),
              "weights must be {} like pairs, not {}", name_of(wide), weights.str());
   Tensor y = op.output("swiglu", {gate_up.dim(0), gate_up.dim(1) / 2}, gate_up.dtype());
-  cpu::run(
-      op, {.bytes = 1.5 * gate_up.nbytes()}, y.dtype(),
-      [&](auto z) { swiglu_forward<decltype(z)>(gate_up, weights, order, y); },
-      [&](auto stream) { cuda::swiglu(gate_up, weights, order.slots, order.offsets, y, stream); });
-  op.backward([=](Op& op) {
+  const auto forward = [=](Op& op, const Tensor& y) {
+    cpu::run(
+        op, {.bytes = 1.5 * gate_up.nbytes()}, y.dtype(),
+        [&](auto z) { swiglu_forward<decltype(z)>(gate_up, weights, order, y); },
+        [&](auto stream) {
+          cuda::swiglu(gate_up, weights, order.slots, order.offsets, y, stream);
+        });
+  };
+  forward(op, y);
+  op.recompute(op.context().recompute.swiglu, false, y, forward);
+  op.backward([=, y = y.identity()](Op& op) {
     const Tensor dy = op.grad(y);
     const Op::Into into = op.accumulate(gate_up),
                    dw = weights ? op.accumulate(weights) : Op::Into{};

@@ -34,10 +34,9 @@ std::byte* address(Tensor t, int64_t element) {
   return static_cast<std::byte*>(t.raw()) + element * int64_t(size_of(t.dtype()));
 }
 
-// y (+)= x w^T, or x w: every group's rows times its matrix of w [N, K] or [E, N, K]. The tail is
-// zeroed; nothing is added to grouped rows.
-void multiply(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offsets, Tensor y,
-              bool add) {
+// y = x w^T, or x w: every group's rows times its matrix of w [N, K] or [E, N, K]. The tail is
+// zeroed.
+void multiply(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offsets, Tensor y) {
   const int64_t k = x.dim(1), n = y.dim(1);
   const std::vector<Rows> groups = groups_of(x, offsets);
   std::vector<Rows> blocks;
@@ -49,12 +48,13 @@ void multiply(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offs
   cpu::parallel_tasks(blocks.size(), [&](int64_t i) {
     const Rows& r = blocks[i];
     cpu::gemm(false, trans_w, r.count(), n, k, address(x, r.begin * k), address(w, r.group * n * k),
-              x.dtype(), address(y, r.begin * n), y.dtype(), add);
+              x.dtype(), address(y, r.begin * n), y.dtype(), false);
   });
   if (const int64_t used = groups.back().end; used < y.dim(0))
     y.row_range(used, y.dim(0)).fill_zero();
 }
 
+// The same; y += with add, but not for grouped rows.
 void multiply_on_gpu(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offsets,
                      Tensor y, bool add, auto stream) {
   if (offsets)
@@ -89,6 +89,8 @@ void run_records(Context& context, std::span<WgradRecord* const> records) {
   const auto dw = op.accumulate(*first.param);
   Cost cost{.bytes = (dw.add ? 2.0 : 1.0) * dw.tensor.nbytes()};
   for (const WgradRecord* r : records) {
+    r->x.restore();
+    r->dy.restore();
     const int64_t groups = r->offsets ? r->offsets.dim(0) - 1 : 1;
     op.require(
         r->x.dim(0) == r->dy.dim(0) && dw.tensor.numel() == groups * r->dy.dim(1) * r->x.dim(1),
@@ -137,7 +139,7 @@ Tensor product(Op& op, const Tensor& x, Param& w, const Tensor& offsets, LinearO
   Tensor y = op.output("y", {x.dim(0), n}, options.out == DType::u8 ? x.dtype() : options.out);
   const Cost cost{flops_of(x, y, offsets), double(x.nbytes() + m.nbytes() + y.nbytes())};
   op.run(
-      cost, [&] { multiply(x, m, true, offsets, y, false); },
+      cost, [&] { multiply(x, m, true, offsets, y); },
       [&](auto stream) { multiply_on_gpu(x, m, true, offsets, y, false, stream); });
   if (bias) op.run({.bytes = 2.0 * y.nbytes()}, [&] { add_bias(y, bias->value); });
   op.backward([=, y = y.identity(), &w](Op& op) {
@@ -152,7 +154,7 @@ Tensor product(Op& op, const Tensor& x, Param& w, const Tensor& offsets, LinearO
       const Op::Into dx =
           apart ? Op::Into{op.workspace("dx", x.shape(), x.dtype())} : op.accumulate(x);
       op.run(
-          cost, [&] { multiply(dy, w.value, false, offsets, dx.tensor, dx.add); },
+          cost, [&] { multiply(dy, w.value, false, offsets, dx.tensor); },
           [&](auto stream) {
             multiply_on_gpu(dy, w.value, false, offsets, dx.tensor, dx.add, stream);
           });

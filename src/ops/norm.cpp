@@ -11,7 +11,7 @@ constexpr int64_t kPartRows = 64;
 
 template <class T>
 static void forward(const Tensor& x, const Tensor& delta, const Tensor& w, AddNorm& out,
-                    Tensor& rstd, float eps) {
+                    Tensor rstd, float eps) {
   using A = Acc<T>;
   const int64_t h = x.dim(1);
   const T *in = x.data<T>(), *added = delta ? delta.data<T>() : nullptr, *weight = w.data<T>();
@@ -73,12 +73,17 @@ AddNorm add_rms_norm(Tape& tape, const Tensor& x, const Tensor& delta, Param& w,
   AddNorm out{op.output("y", x.shape(), x.dtype()),
               delta ? op.output("sum", x.shape(), x.dtype()) : x};
   Tensor rstd = op.workspace("rstd", {x.dim(0)}, master_dtype(x.dtype()));
-  cpu::run(
-      op, {.bytes = (delta ? 4.0 : 2.0) * x.nbytes()}, x.dtype(),
-      [&](auto z) { forward<decltype(z)>(x, delta, w.value, out, rstd, eps); },
-      [&](auto stream) {
-        cuda::add_rms_norm(x, delta, w.value, out.y, out.sum, rstd, eps, stream);
-      });
+  const auto norm = [=, w = w.value](Op& op, const Tensor& x, const Tensor& delta, AddNorm out) {
+    cpu::run(
+        op, {.bytes = (delta ? 4.0 : 2.0) * x.nbytes()}, x.dtype(),
+        [&](auto z) { forward<decltype(z)>(x, delta, w, out, rstd, eps); },
+        [&](auto stream) { cuda::add_rms_norm(x, delta, w, out.y, out.sum, rstd, eps, stream); });
+  };
+  norm(op, x, delta, out);
+  op.recompute(op.context().recompute.norm, false, out.y,
+               [norm, sum = out.sum](Op& op, const Tensor& y) {
+                 norm(op, sum, {}, {y, sum});
+               });
   op.backward([x = x.identity(), delta = delta.identity(), has_delta = bool(delta),
                y = out.y.identity(), sum = out.sum, rstd, &w](Op& op) {
     const Tensor dy = op.grad(y), dsum = has_delta ? op.grad(sum) : Tensor();
