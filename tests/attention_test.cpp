@@ -73,7 +73,7 @@ void check_attention(const AttentionShape& s, int64_t window = 0,
   c.name = fmt::format("attention {} window {} documents {}", describe(s), window, lengths.size());
   c.inputs = {{s.batch * s.sequence, s.width()}};
   c.run = [=](Tape& t, const Inputs& x, const Params&) {
-    return Inputs{attention(t, x[0], s, float(scale), {on_device(t, start), window})};
+    return Inputs{attention(t, x[0], s, float(scale), on_device(t, start), window)};
   };
   c.reference = [=](const Vecs& x, const Vecs&) {
     return Vecs{naive_attention(x[0], s, float(scale), window, documents)};
@@ -148,7 +148,7 @@ TEST(Attention, a_query_that_sees_nothing_gets_zeros) {
   Tape tape(context);
   const Tensor x = random_qkv(s, DType::f32);
   tape.leaf(x);
-  const Tensor y = attention(tape, x, s, 1, {ints({0, 2, 0}), 0});
+  const Tensor y = attention(tape, x, s, 1, ints({0, 2, 0}));
   EXPECT_EQ(y.to_vector<double>()[2], 0);
   tape.set_grad(y, y.clone("g"));
   tape.backward();
@@ -213,7 +213,7 @@ TEST(Attention, counts_visible_pairs) {
   tape.backward();
   EXPECT_EQ(context.total.flops, 3.5 * 4.0 * 8 * 4 * 2 * 55);
   context.total = {};
-  attention(tape, x, s, 1, {{}, 3});
+  attention(tape, x, s, 1, {}, 3);
   EXPECT_EQ(context.total.flops, 4.0 * 8 * 4 * 2 * (1 + 2 + 8 * 3));
 }
 
@@ -225,7 +225,7 @@ void check_cached(const AttentionShape& s, int64_t window, const std::vector<int
   context.dtype = dtype;
   Tape tape(context, false);
   const Tensor x = random_qkv(s, dtype);
-  const Vec want = attention(tape, x, s, 0.3f, {{}, window}).to_vector<double>();
+  const Vec want = attention(tape, x, s, 0.3f, {}, window).to_vector<double>();
   KvCache cache{Tensor({s.sequence, 2 * s.kv_heads * s.head_dim}, dtype, Device::cpu, "cache"), 0};
   Vec got;
   for (size_t i = 0; cache.length < s.sequence; ++i) {
@@ -263,10 +263,9 @@ TEST(Attention, refuses_bad_arguments) {
   odd.heads = 3;
   EXPECT_THROW(attention(tape, x, odd, 1), Error);
   EXPECT_THROW(attention(tape, x.row_range(0, 3), s, 1), Error);
-  EXPECT_THROW(attention(tape, x, s, 1, {{}, -1}), Error);
-  EXPECT_THROW(attention(tape, x, s, 1, {ints({0, 0, 0}), 0}), Error);
-  EXPECT_THROW(attention(tape, x, s, 1, {Tensor::zeros({4}, DType::f32, Device::cpu, "d"), 0}),
-               Error);
+  EXPECT_THROW(attention(tape, x, s, 1, {}, -1), Error);
+  EXPECT_THROW(attention(tape, x, s, 1, ints({0, 0, 0})), Error);
+  EXPECT_THROW(attention(tape, x, s, 1, Tensor::zeros({4}, DType::f32, Device::cpu, "d")), Error);
 }
 
 TEST(Attention, empty_batch) {

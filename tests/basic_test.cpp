@@ -11,7 +11,9 @@ namespace {
 using Vec = std::vector<double>;
 using Vecs = std::vector<Vec>;
 
-Tensor ints(Shape shape, const std::vector<int32_t>& v) { return Tensor::of<int32_t>(shape, v).on(test_device()); }
+Tensor ints(Shape shape, const std::vector<int32_t>& v) {
+  return Tensor::of<int32_t>(shape, v).on(test_device());
+}
 
 // A case without parameters.
 template <class Run, class Reference>
@@ -39,16 +41,12 @@ TEST(Basic, unary) {
   const Unary all[] = {
       {"exp", exp, [](double v) { return std::exp(v); }},
       {"sigmoid", sigmoid, [](double v) { return 1 / (1 + std::exp(-v)); }},
-      {"silu", silu, [](double v) { return v / (1 + std::exp(-v)); }},
   };
   for (const Unary& u : all)
     for (const Shape& shape : {Shape{1}, Shape{3, 5}, Shape{2, 3, 7}})
       check_op(make_case(
           u.name, {shape}, [=](Tape& t, const Inputs& x) { return u.op(t, x[0], Loc::current()); },
           [=](const Vecs& x) { return map(x[0], u.f); }));
-  check_op(make_case(
-      "scale", {{4, 3}}, [](Tape& t, const Inputs& x) { return scale(t, x[0], -0.75); },
-      [](const Vecs& x) { return map(x[0], [](double v) { return -0.75 * v; }); }));
   // log of 1 + x^2, so that random inputs are in its domain.
   const Tensor one = Tensor::of<double>({1}, Vec{1}).on(test_device());
   check_op(make_case(
@@ -59,8 +57,8 @@ TEST(Basic, unary) {
       [](const Vecs& x) { return map(x[0], [](double v) { return std::log(1 + v * v); }); }));
   // What many elements take: the parallel path.
   check_op(make_case(
-      "silu", {{300, 257}}, [](Tape& t, const Inputs& x) { return silu(t, x[0]); },
-      [](const Vecs& x) { return map(x[0], [](double v) { return v / (1 + std::exp(-v)); }); }));
+      "sigmoid", {{300, 257}}, [](Tape& t, const Inputs& x) { return sigmoid(t, x[0]); },
+      [](const Vecs& x) { return map(x[0], [](double v) { return 1 / (1 + std::exp(-v)); }); }));
 }
 
 struct Binary {
@@ -130,7 +128,7 @@ TEST(Basic, no_rows) {
   const Tensor a({0, 3}, DType::f32, Device::cpu, "a"),
       b = Tensor::zeros({3}, DType::f32, Device::cpu, "b");
   tape.leaf(b);
-  const Tensor y = add(tape, a, b), s = sum_rows_to_one(tape, y);
+  const Tensor y = add(tape, a, b), s = sum(tape, y, 0);
   EXPECT_EQ(y.shape().str(), "[0, 3]");
   EXPECT_EQ(s.to_vector<double>(), Vec(3, 0));
   tape.set_grad(s, Tensor::zeros({1, 3}, DType::f32, Device::cpu, "g"));
@@ -158,11 +156,10 @@ TEST(Basic, softmax_and_reductions) {
       return y;
     };
     check_op(make_case(
-        "sum_cols", {shape}, [](Tape& t, const Inputs& x) { return sum_cols(t, x[0]); },
+        "sum of columns", {shape}, [](Tape& t, const Inputs& x) { return sum(t, x[0], 1); },
         [=](const Vecs& x) { return sums(x[0], 1, 0, rows); }));
     check_op(make_case(
-        "sum_rows_to_one", {shape},
-        [](Tape& t, const Inputs& x) { return sum_rows_to_one(t, x[0]); },
+        "sum of rows", {shape}, [](Tape& t, const Inputs& x) { return sum(t, x[0], 0); },
         [=](const Vecs& x) { return sums(x[0], 0, 1, cols); }));
     check_op(make_case(
         "mean", {shape}, [](Tape& t, const Inputs& x) { return mean(t, x[0]); },
@@ -208,21 +205,21 @@ OpCase moved(const std::string& name, std::vector<Shape> shapes, const std::vect
 TEST(Basic, moving_elements) {
   check_op(moved("transpose", {{2, 3}}, {0, 3, 1, 4, 2, 5},
                  [](Tape& t, const Inputs& x) { return transpose(t, x[0]); }));
-  check_op(moved("slice_rows", {{4, 2}}, {2, 3, 4, 5},
-                 [](Tape& t, const Inputs& x) { return slice_rows(t, x[0], 1, 3); }));
-  check_op(moved("slice_rows of rank 3", {{3, 2, 1}}, {4, 5},
-                 [](Tape& t, const Inputs& x) { return slice_rows(t, x[0], 2, 3); }));
-  check_op(moved("slice_cols", {{2, 4}}, {1, 2, 3, 5, 6, 7},
-                 [](Tape& t, const Inputs& x) { return slice_cols(t, x[0], 1, 4); }));
-  check_op(moved("concat_rows", {{1, 2}, {2, 2}}, {0, 1, 2, 3, 4, 5},
-                 [](Tape& t, const Inputs& x) { return concat_rows(t, x[0], x[1]); }));
-  check_op(moved("concat_rows of one tensor", {{1, 2}}, {0, 1, 0, 1},
-                 [](Tape& t, const Inputs& x) { return concat_rows(t, x[0], x[0]); }));
-  check_op(moved("concat_cols", {{2, 1}, {2, 2}}, {0, 2, 3, 1, 4, 5},
-                 [](Tape& t, const Inputs& x) { return concat_cols(t, x[0], x[1]); }));
+  check_op(moved("slice of rows", {{4, 2}}, {2, 3, 4, 5},
+                 [](Tape& t, const Inputs& x) { return slice(t, x[0], 0, 1, 3); }));
+  check_op(moved("rows of rank 3", {{3, 2, 1}}, {4, 5},
+                 [](Tape& t, const Inputs& x) { return slice(t, x[0], 0, 2, 3); }));
+  check_op(moved("slice of columns", {{2, 4}}, {1, 2, 3, 5, 6, 7},
+                 [](Tape& t, const Inputs& x) { return slice(t, x[0], 1, 1, 4); }));
+  check_op(moved("concat of rows", {{1, 2}, {2, 2}}, {0, 1, 2, 3, 4, 5},
+                 [](Tape& t, const Inputs& x) { return concat(t, x[0], x[1], 0); }));
+  check_op(moved("concat of one tensor", {{1, 2}}, {0, 1, 0, 1},
+                 [](Tape& t, const Inputs& x) { return concat(t, x[0], x[0], 0); }));
+  check_op(moved("concat of columns", {{2, 1}, {2, 2}}, {0, 2, 3, 1, 4, 5},
+                 [](Tape& t, const Inputs& x) { return concat(t, x[0], x[1], 1); }));
   check_op(
       moved("overlapping slices", {{3, 2}}, {0, 1, 2, 3, 2, 3, 4, 5}, [](Tape& t, const Inputs& x) {
-        return concat_rows(t, slice_rows(t, x[0], 0, 2), slice_rows(t, x[0], 1, 3));
+        return concat(t, slice(t, x[0], 0, 0, 2), slice(t, x[0], 0, 1, 3), 0);
       }));
   const Tensor mask =
       Tensor::of<uint8_t>({2, 2}, std::vector<uint8_t>{1, 0, 0, 1}).on(test_device());
@@ -291,12 +288,12 @@ TEST(Basic, bad_arguments_name_the_line) {
          "one row [5]");
   expect(error_of([&] { mul(tape, x, narrow); }), "cast one of them");
   expect(error_of([&] { matmul(tape, x, x); }), "must share k");
-  expect(error_of([&] { slice_rows(tape, x, 2, 4); }), "rows [2, 4) of 3");
-  expect(error_of([&] { slice_cols(tape, x, -1, 4); }), "columns [-1, 4) of 5");
+  expect(error_of([&] { slice(tape, x, 0, 2, 4); }), "rows [2, 4) of 3");
+  expect(error_of([&] { slice(tape, x, 1, -1, 4); }), "columns [-1, 4) of 5");
   expect(error_of([&] {
-           concat_rows(tape, x, Tensor::zeros({1, 4}, DType::f32, Device::cpu, "b"));
+           concat(tape, x, Tensor::zeros({1, 4}, DType::f32, Device::cpu, "b"), 0);
          }),
-         "one size");
+         "as many columns");
   expect(error_of([&] {
            gather_cols(tape, x, ints({3, 1}, {0, 5, 1}));
          }),

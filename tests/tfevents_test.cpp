@@ -83,35 +83,6 @@ TEST(TfEvents, Crc32cKnownAnswer) {
   EXPECT_EQ(masked_crc(std::string(32, '\0')), ((c >> 15) | (c << 17)) + 0xa282ead8u);
 }
 
-TEST(TfEvents, WritesScalars) {
-  const double before =
-      std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
-  const std::vector<std::pair<std::string, float>> values = {
-      {"loss", 3.25f},
-      {"träg/" + std::string(200, 'x'), -0.0f},
-      {"nan", std::numeric_limits<float>::quiet_NaN()}};
-  const std::vector<int64_t> steps = {1, 127, 128, 300, int64_t(1) << 40};
-  std::string bytes;
-  for (const int64_t step : steps) bytes += scalar_event(step, values);
-  const std::vector<std::string> all = records(bytes);
-  ASSERT_EQ(all.size(), steps.size());
-  for (size_t i = 0; i < steps.size(); ++i) {
-    const auto event = fields(all[i]);
-    EXPECT_NEAR(fixed<double>(event.find(1)->second, 0), before, 60);
-    EXPECT_EQ(fixed<int64_t>(event.find(2)->second, 0), steps[i]);
-    const auto summary = fields(event.find(5)->second);
-    ASSERT_EQ(summary.count(1), values.size());
-    size_t k = 0;
-    for (const auto& [number, text] : summary) {
-      const auto value = fields(text);
-      EXPECT_EQ(value.find(1)->second, values[k].first);
-      EXPECT_EQ(fixed<uint32_t>(value.find(2)->second, 0),
-                std::bit_cast<uint32_t>(values[k].second));
-      ++k;
-    }
-  }
-}
-
 struct RunDir : RunConfig {
   const TempDir dir;
   const std::string events = dir / "tensorboard";
@@ -126,31 +97,44 @@ struct RunDir : RunConfig {
 
 void log_step(Metrics& metrics, int64_t step) {
   testing::internal::CaptureStdout();
-  metrics.log({.step = step, .loss = 2.5, .load = {{7, 1.5}}});
+  metrics.log({.step = step,
+               .loss = 2.5,
+               .lr = -0.0,
+               .grad_norm = std::numeric_limits<double>::quiet_NaN(),
+               .load = {{7, 1.5}}});
   testing::internal::GetCapturedStdout();
 }
 
 TEST(TfEvents, AFileOpensWithItsVersionAndHoldsEveryStep) {
+  const double before =
+      std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
   const RunDir run;
   Metrics metrics(run, 0);
-  for (const int64_t step : {1, 2}) log_step(metrics, step);
+  const std::vector<int64_t> steps = {1, 127, 128, 300, int64_t(1) << 40};
+  for (const int64_t step : steps) log_step(metrics, step);
   ASSERT_EQ(run.files().size(), 1u);
   const std::string path = run.files()[0];
   EXPECT_EQ(path.find(run.events + "/events.out.tfevents."), 0u) << path;
   const std::vector<std::string> all = records(read_file(path));  // while still open: flushed
-  ASSERT_EQ(all.size(), 3u);
+  ASSERT_EQ(all.size(), steps.size() + 1);
   EXPECT_EQ(fields(all[0]).find(3)->second, "brain.Event:2");
-  for (const int64_t step : {1, 2}) {
-    const auto event = fields(all[size_t(step)]);
-    EXPECT_EQ(fixed<int64_t>(event.find(2)->second, 0), step);
-    std::map<std::string, float> scalars;
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const auto event = fields(all[i + 1]);
+    EXPECT_NEAR(fixed<double>(event.find(1)->second, 0), before, 60);
+    EXPECT_EQ(fixed<int64_t>(event.find(2)->second, 0), steps[i]);
+    std::map<std::string, uint32_t> scalars;
     for (const auto& [number, text] : fields(event.find(5)->second)) {
+      EXPECT_EQ(number, 1);
       const auto value = fields(text);
-      scalars[value.find(1)->second] = fixed<float>(value.find(2)->second, 0);
+      scalars[value.find(1)->second] = fixed<uint32_t>(value.find(2)->second, 0);
     }
-    EXPECT_EQ(scalars.at("loss"), 2.5f);
-    EXPECT_EQ(scalars.at("load_max"), 1.5f);
-    EXPECT_EQ(scalars.at("load_max/L07"), 1.5f);
+    const auto bits = [](float v) { return std::bit_cast<uint32_t>(v); };
+    EXPECT_EQ(scalars.at("loss"), bits(2.5f));
+    EXPECT_EQ(scalars.at("lr"), bits(-0.0f));
+    EXPECT_EQ(scalars.at("grad_norm"), bits(std::numeric_limits<float>::quiet_NaN()));
+    EXPECT_EQ(scalars.at("load_max"), bits(1.5f));
+    EXPECT_EQ(scalars.at("load_max/L07"), bits(1.5f));
+    EXPECT_EQ(scalars.size(), 10u);
   }
 }
 

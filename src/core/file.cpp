@@ -37,7 +37,7 @@ void write_file_atomic(const std::string& path, std::string_view bytes) {
   const std::string temporary = path + ".tmp";
   OutputFile file(temporary);
   try {
-    file.write(bytes.data(), bytes.size());
+    file.write(bytes);
     file.close();
     if (::rename(temporary.c_str(), path.c_str()) != 0) fail_errno(path);
   } catch (const InputError&) {
@@ -93,8 +93,7 @@ RunLock::RunLock(const std::string& out) : OutputFile(out + "/.lock", true) {
                holder.empty() ? "?" : holder);
   }
   resize(0);
-  const std::string pid = std::to_string(::getpid());
-  write(pid.data(), pid.size());
+  write(std::to_string(::getpid()));
 }
 
 void fsync_directory(const std::string& path) {

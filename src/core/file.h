@@ -49,6 +49,7 @@ class OutputFile {
  public:
   explicit OutputFile(const std::string& path, bool append = false);
   void write(const void* data, size_t bytes) { write_at(data, bytes, kHere); }
+  void write(std::string_view text) { write(text.data(), text.size()); }
   void write_at(const void* data, size_t bytes, uint64_t offset);
   void resize(uint64_t bytes);  // what is added reads as zeros
   void flush_to_disk();         // fsync

@@ -125,20 +125,15 @@ std::span<const std::byte> Safetensors::bytes(const std::string& name) const {
 }
 
 void Safetensors::read(const std::string& name, int64_t begin, Tensor& dst) const {
-  if (dst.device() == Device::cuda) {
-    Tensor host(dst.shape(), dst.dtype(), Device::cpu, "safetensors.read");
-    read(name, begin, host);
-    return dst.copy_from(host);
-  }
   const SafetensorsEntry& e = find(entries_, path_, name, begin, dst.numel());
-  const bool same = e.dtype == dst.dtype();
+  const bool same = e.dtype == dst.dtype(), direct = same && dst.device() == Device::cpu;
   if (!same && !(is_float(e.dtype) && is_float(dst.dtype())))
     fail_input("{}: {}: {} cannot be read as {}", path_, printable(name), kDTypes[int(e.dtype)],
                name_of(dst.dtype()));
   if (dst.numel() == 0) return;
-  Tensor stored = same ? dst : Tensor(dst.shape(), e.dtype, Device::cpu, "safetensors.read");
+  Tensor stored = direct ? dst : Tensor(dst.shape(), e.dtype, Device::cpu, "safetensors.read");
   std::memcpy(stored.raw(), bytes(name).data() + size_t(begin) * size_of(e.dtype), stored.nbytes());
-  if (!same) dst.copy_from(stored);
+  if (!direct) dst.copy_from(stored);
 }
 
 Tensor Safetensors::load(const std::string& name) const {

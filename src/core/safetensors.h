@@ -32,7 +32,6 @@ class Safetensors {
   const SafetensorsEntry& entry(const std::string& name) const;
   std::span<const std::byte> bytes(const std::string& name) const;
   // Elements [begin, begin + dst.numel()) in row-major order, converted to dst's floating dtype.
-  // dst is on the cpu.
   void read(const std::string& name, int64_t begin, Tensor& dst) const;
   Tensor load(const std::string& name) const;  // whole tensor, dtype as stored, rank up to 4
   const std::string& path() const { return path_; }

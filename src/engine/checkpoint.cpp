@@ -3,9 +3,6 @@
 #include <fcntl.h>
 #include <fnmatch.h>
 #include <omp.h>
-#include <unistd.h>
-
-#include <filesystem>
 
 #include "core/safetensors.h"
 #include "data/tokenizer.h"

@@ -1,10 +1,8 @@
 #include "engine/metrics.h"
 
+#include <immintrin.h>
 #include <omp.h>
 #include <sys/stat.h>
-#include <unistd.h>
-
-#include <ctime>
 
 #include "core/value.h"
 #include "ops/cuda.h"
@@ -60,14 +58,11 @@ static std::string truncated(const std::string& path, int64_t done_steps) {
   return path;
 }
 
-// CRC-32C (Castagnoli, RFC 3720), reflected, a bit at a time: events are small. TFRecord stores it
-// rotated and offset, so that a checksum of a checksum is not degenerate.
+// CRC-32C (Castagnoli, RFC 3720). TFRecord stores it rotated and offset, so that a checksum of a
+// checksum is not degenerate.
 static uint32_t masked_crc(std::string_view bytes) {
   uint32_t c = ~0u;
-  for (const char b : bytes) {
-    c ^= uint8_t(b);
-    for (int bit = 0; bit < 8; ++bit) c = (c >> 1) ^ (c & 1 ? 0x82f63b78u : 0);
-  }
+  for (const char b : bytes) c = _mm_crc32_u8(c, uint8_t(b));
   return ((~c >> 15) | (~c << 17)) + 0xa282ead8u;
 }
 
@@ -103,65 +98,36 @@ static std::string event_record(int64_t step, int field, std::string_view conten
 // In `directory`, which may exist; if it cannot be made, opening the file says why.
 static std::string new_event_file(const std::string& directory) {
   ::mkdir(directory.c_str(), 0777);
-  char host[256] = "";
-  ::gethostname(host, sizeof host - 1);
-  return fmt::format("{}/events.out.tfevents.{:010}.{}.{}", directory, std::time(nullptr), host,
-                     ::getpid());
-}
-
-std::string scalar_event(int64_t step, std::span<const std::pair<std::string, float>> scalars) {
-  std::string summary;
-  for (const auto& [name, value] : scalars) {  // Summary.Value: tag = 1, simple_value = 2 (float)
-    std::string item;
-    put_bytes(item, 1, name);
-    append_raw(item, tag(2, kFixed32), value);
-    put_bytes(summary, 1, item);
-  }
-  return event_record(step, 5, summary);  // Event.summary
-}
-
-// Large products after one another.
-static double gpu_peak_flops(DType dtype) {
-  double seconds = 1;
-  if constexpr (cuda::kBuilt) {
-    constexpr int64_t kSize = 8192, kCount = 10;
-    const Tensor a = Tensor::zeros({kSize, kSize}, dtype, Device::cuda, "peak");
-    Tensor c({kSize, kSize}, dtype, Device::cuda, "peak");
-    for (const int64_t count : {int64_t(2), kCount}) {  // to warm up, to measure
-      const double begin = omp_get_wtime();
-      for (int64_t i = 0; i < count; ++i)
-        cuda::gemm(false, true, kSize, kSize, kSize, a.raw(), a.raw(), dtype, c.raw(), dtype, false,
-                   cuda::stream());
-      cuda::synchronize();
-      seconds = (omp_get_wtime() - begin) / double(count);
-    }
-  }
-  return 2.0 * 8192 * 8192 * 8192 / seconds;
+  return fmt::format("{}/events.out.tfevents.{:010}.{}", directory, std::time(nullptr), ::getpid());
 }
 
 double measure_peak_flops(DType dtype, Device device) {
-  if (device == Device::cuda) return gpu_peak_flops(dtype);
-  using Clock = std::chrono::steady_clock;
-  constexpr int64_t kSize = 512;
-  constexpr double kFlops = 2.0 * kSize * kSize * kSize;
-  constexpr std::chrono::milliseconds kBudget(80);
-  const size_t bytes = size_t(kSize * kSize) * size_of(dtype);
+  const bool gpu = device == Device::cuda;
+  const int64_t n = gpu ? 8192 : 512, at_once = gpu ? 10 : 1;
+  const int64_t bytes = n * n * int64_t(size_of(dtype));
+  Tensor on_gpu = gpu ? Tensor::zeros({2 * n, n}, dtype, device, "peak") : Tensor();
   double total = 0;
   // OpenBLAS, which does fp64, lets one caller in at a time: it gets all threads for one product.
-#pragma omp parallel reduction(+ : total) if (dtype != DType::f64)
+#pragma omp parallel reduction(+ : total) if (!gpu && dtype != DType::f64)
   {
-    std::vector<unsigned char> a(bytes, 0x3c), b(bytes, 0x3c), c(bytes);  // small positive numbers
-    const auto product = [&] {
-      const auto begin = Clock::now();
-      cpu::gemm(false, false, kSize, kSize, kSize, a.data(), b.data(), dtype, c.data(), dtype,
-                false);
-      return std::chrono::duration<double>(Clock::now() - begin).count();
+    std::vector<std::byte> on_cpu(gpu ? 0 : 2 * bytes);
+    std::byte* a = gpu ? static_cast<std::byte*>(on_gpu.raw()) : on_cpu.data();
+    const auto seconds = [&] {
+      const double begin = omp_get_wtime();
+      for (int64_t i = 0; i < at_once; ++i) {
+        if (!gpu) cpu::gemm(false, true, n, n, n, a, a, dtype, a + bytes, dtype, false);
+        if constexpr (cuda::kBuilt)
+          if (gpu)
+            cuda::gemm(false, true, n, n, n, a, a, dtype, a + bytes, dtype, false, cuda::stream());
+      }
+      if (gpu) cuda::synchronize();
+      return (omp_get_wtime() - begin) / double(at_once);
     };
-    product();  // touches memory and makes the primitive
-    const auto end = Clock::now() + kBudget;
-    double fastest = product();
-    while (Clock::now() < end) fastest = std::min(fastest, product());
-    total += kFlops / fastest;
+    seconds();  // touches memory and makes the primitive
+    double fastest = seconds();
+    for (const double end = omp_get_wtime() + 0.08; omp_get_wtime() < end;)
+      fastest = std::min(fastest, seconds());
+    total += 2.0 * double(n * n * n) / fastest;
   }
   return total;
 }
@@ -186,16 +152,12 @@ std::string step_json(const StepMetrics& m) {
   return line.json();
 }
 
-static void append(OutputFile& file, const std::string& text) {
-  file.write(text.data(), text.size());
-}
-
 // Event files are appended to, should two be opened within one second.
 Metrics::Metrics(const RunConfig& run, int64_t done_steps)
     : train_(run.train),
       json_(truncated(run.out + "/metrics.jsonl", done_steps), true),
       events_(new_event_file(run.out + "/tensorboard"), true) {
-  append(events_, event_record(0, 3, "brain.Event:2"));  // Event.file_version
+  events_.write(event_record(0, 3, "brain.Event:2"));  // Event.file_version
 }
 
 void Metrics::log(const StepMetrics& m) {
@@ -204,13 +166,18 @@ void Metrics::log(const StepMetrics& m) {
   const double left = double(std::max<int64_t>(train_.last_step() - m.step, 0));
   const double eta = elapsed.count() / double(++logged_) * left;
   say(stdout, step_line(m, train_.steps, eta) + "\n");
-  append(json_, step_json(m) + '\n');
+  json_.write(step_json(m) + '\n');
 
-  std::vector<std::pair<std::string, float>> scalars;
-  for_each_scalar(m, [&](auto name, double v, auto) { scalars.emplace_back(name, float(v)); });
-  for (const auto& [layer, most] : m.load)
-    scalars.emplace_back(fmt::format("load_max/L{:02}", layer), float(most));
-  append(events_, scalar_event(m.step, scalars));
+  std::string summary;
+  const auto add = [&](std::string_view name, double value) {
+    std::string scalar;  // Summary.Value: tag = 1, simple_value = 2 (float)
+    put_bytes(scalar, 1, name);
+    append_raw(scalar, tag(2, kFixed32), float(value));
+    put_bytes(summary, 1, scalar);
+  };
+  for_each_scalar(m, [&](auto name, double value, auto) { add(name, value); });
+  for (const auto& [layer, most] : m.load) add(fmt::format("load_max/L{:02}", layer), most);
+  events_.write(event_record(m.step, 5, summary));  // Event.summary
 }
 
 }  // namespace pith

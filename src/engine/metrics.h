@@ -10,10 +10,10 @@
 
 namespace pith {
 
-// The peak of this machine in FLOP/s for fp64, fp32 or bf16: every OpenMP thread multiplies
-// matrices of its own through cpu::gemm at the same time, and the best rates of the threads are
-// added, which no barrier and little other load can spoil. About 0.1 s; not counted in
-// core/memory.h.
+// The peak of this machine in FLOP/s for fp64, fp32 or bf16: the best rate of products after one
+// another, for about 0.1 s. On the CPU every OpenMP thread multiplies matrices of its own at the
+// same time and the rates are added, which no barrier and little other load can spoil; their memory
+// is not counted in core/memory.h.
 double measure_peak_flops(DType dtype, Device device);
 
 struct StepMetrics {
@@ -40,16 +40,12 @@ std::string step_line(const StepMetrics& m, int64_t total_steps, double eta_seco
 // One JSON object without the line end; reals round-trip, a non-finite number is null.
 std::string step_json(const StepMetrics& m);
 
-// A TensorBoard event: a step's scalars by name, stamped with the current time, as a record of an
-// event file. Any float is allowed. Formats: TFRecord (tensorflow/core/lib/io/record_writer.h),
-// event.proto and summary.proto of TensorFlow.
-std::string scalar_event(int64_t step, std::span<const std::pair<std::string, float>> scalars);
-
 class Metrics {
  public:
   // Continues OUT/metrics.jsonl after update `done_steps`: lines of later updates and half-written
   // ones are dropped, atomically. TensorBoard events go to a new file,
-  // OUT/tensorboard/events.out.tfevents.<time>.<host>.<pid>. OUT must exist.
+  // OUT/tensorboard/events.out.tfevents.<time>.<pid>. OUT must exist. Formats: TFRecord
+  // (tensorflow/core/lib/io/record_writer.h), event.proto and summary.proto of TensorFlow.
   Metrics(const RunConfig& run, int64_t done_steps);
 
   // Prints the line, whose eta is that of the run's last update, and appends to both files, a line

@@ -47,7 +47,7 @@ Routing route(Tape& t, MicroBatch& mb, const Balance& balance, const RouterRule&
     Tensor counts_E = counts_LE.row_range(moe_layer, moe_layer + 1).reshape({E});
     count_experts(t, r.ids, counts_E, at);
   }
-  if (!t.recording()) return r;
+  if (!t.recording() && !mb.statistics) return r;
   if (balance.loss != "none") {
     const int64_t groups = balance.loss == "sequence" ? mb.batch : 1;
     const Tensor fractions_GE =

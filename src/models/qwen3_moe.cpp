@@ -199,7 +199,7 @@ class Qwen3Moe : public Model {
     Tensor qkv = linear(t, x_TH, *w.qkv, {.bias = w.qkv_bias});
     qkv = qk_norm_rope(t, qkv, w.q_norm, w.k_norm, eps_, rope_, mb.positions, shape);
     Tensor heads = mb.caches ? attention_cached(t, qkv, (*mb.caches)[layer], shape, scale, window_)
-                             : attention(t, qkv, shape, scale, {mb.document_start, window_});
+                             : attention(t, qkv, shape, scale, mb.document_start, window_);
     return linear(t, heads, *w.o, {.bias = w.o_bias});
   }
 

@@ -47,6 +47,13 @@ struct Problem {
       begin = std::max<int64_t>(begin, document_start.data<int32_t>()[b * s.sequence + i]);
     return {std::min(begin, end), end};
   }
+  // All that some queries see.
+  Range seen(int64_t b, Range queries) const {
+    Range all = seen(b, queries.begin);
+    for (int64_t i = queries.begin; i < queries.end; ++i)
+      all = {std::min(all.begin, seen(b, i).begin), seen(b, i).end};
+    return all;
+  }
   // Useful work: 4 D for every (query, key) pair a causal mask and the window leave, documents not
   // counted.
   double flops() const {
@@ -57,23 +64,14 @@ struct Problem {
   }
 };
 
-// The rows of k/v head `kv` of a sequence that belong to tokens [first, first + count).
+// The rows of k/v head `kv` of a sequence that belong to some tokens.
 struct Block {
   const Problem& n;
-  int64_t batch, kv, first, count, rows;
-  Range keys;  // all that any row sees
-
-  Block(const Problem& n, int64_t kv_of_batch, int64_t index)
-      : n(n),
-        batch(kv_of_batch / n.s.kv_heads),
-        kv(kv_of_batch % n.s.kv_heads),
-        first(index * n.block_tokens()),
-        count(std::min(n.block_tokens(), n.s.sequence - first)),
-        rows(count * n.group()),
-        keys(n.seen(batch, first)) {
-    for (int64_t i = first; i < first + count; ++i)
-      keys = {std::min(keys.begin, n.seen(batch, i).begin), n.seen(batch, i).end};
-  }
+  int64_t kv_of_batch, index;  // of k/v heads, of blocks of rows
+  int64_t batch = kv_of_batch / n.s.kv_heads, kv = kv_of_batch % n.s.kv_heads;
+  Range tokens = {index * n.block_tokens(), std::min((index + 1) * n.block_tokens(), n.s.sequence)};
+  int64_t rows = tokens.count() * n.group();
+  Range keys = n.seen(batch, tokens);
   // f(keys) for one block of keys after the other.
   template <class F> void for_keys(F f) const {
     for (int64_t at = keys.begin; at < keys.end; at += kKeys)
@@ -82,7 +80,7 @@ struct Block {
   // f(row, its scores) for every row, those of keys it does not see set to -inf.
   template <class A, class F> void for_rows(Range at, A* scores, F f) const {
     for (int64_t r = 0; r < rows; ++r, scores += at.count()) {
-      const Range seen = n.seen(batch, first + r / n.group());
+      const Range seen = n.seen(batch, tokens.begin + r / n.group());
       constexpr A never = -std::numeric_limits<A>::infinity();
       std::fill(scores, scores + std::clamp(seen.begin, at.begin, at.end) - at.begin, never);
       std::fill(scores + std::clamp(seen.end, at.begin, at.end) - at.begin, scores + at.count(),
@@ -99,22 +97,17 @@ template <class T> struct Heads {
   int64_t stride, width;  // of a token, of a head
   T* at(int64_t token, int64_t kv) const { return data + token * stride + kv * width; }
 
-  // to = factor * those of `count` tokens
-  void load(int64_t token, int64_t kv, int64_t count, F factor, F* to) const {
-    for (int64_t i = 0; i < count; ++i)
-      cpu::store(to + i * width, false, width,
-                 [=, x = at(token + i, kv)](int64_t j) { return factor * F(x[j]); });
-  }
-  void load(const Block& b, F factor, F* to) const {
-    load(b.batch * b.n.s.sequence + b.first, b.kv, b.count, factor, to);
-  }
-  void load(const Block& b, Range keys, F* to) const {
-    load(b.batch * b.n.keys + keys.begin, b.kv, keys.count(), F(1), to);
+  // to = factor * those of some tokens of the block's sequence; store is the reverse for its own.
+  // (With a cache, where keys are more than the queries, there is one sequence.)
+  void load(const Block& b, Range tokens, F factor, F* to) const {
+    for (int64_t i = tokens.begin; i < tokens.end; ++i, to += width)
+      cpu::store(to, false, width,
+                 [=, x = at(b.batch * b.n.keys + i, b.kv)](int64_t j) { return factor * F(x[j]); });
   }
   void store(const Block& b, F factor, const F* from, bool add) const {
-    for (int64_t i = 0; i < b.count; ++i)
-      cpu::store(at(b.batch * b.n.s.sequence + b.first + i, b.kv), add, width,
-                 [=, x = from + i * width](int64_t j) { return factor * x[j]; });
+    for (int64_t i = b.tokens.begin; i < b.tokens.end; ++i, from += width)
+      cpu::store(at(b.batch * b.n.keys + i, b.kv), add, width,
+                 [=](int64_t j) { return factor * from[j]; });
   }
 };
 
@@ -132,16 +125,6 @@ void multiply(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const
               F* c, bool add) {
   constexpr DType t = dtype_of<F>();
   cpu::gemm(trans_a, trans_b, m, n, k, a, b, t, c, t, add);
-}
-
-// One row of scores of n keys: p = exp(p - top). top and sum are of the keys so far; returns the
-// factor on what was summed with the top before.
-template <class F> F softmax_row(int64_t n, F* p, F& top, F& sum) {
-  F high = top;
-  const F more = cpu::exp_row(p, p, n, high), keep = sum == 0 ? F(1) : cpu::fast_exp(top - high);
-  sum = sum * keep + more;
-  top = high;
-  return keep;
 }
 
 // What a thread needs for a block: q, dy and y [rows, D], k and v [keys, D], the scores p and ds
@@ -175,16 +158,18 @@ template <class T, class F>
 void forward(const Block& b, const Qkv<const T>& in, F scale, Heads<T> out, Heads<F> lse,
              const Scratch<F>& s) {
   const int64_t rows = b.rows, dim = b.n.s.head_dim;
-  in.q.load(b, scale, s.q);
+  in.q.load(b, b.tokens, scale, s.q);
   std::fill_n(s.y, rows * dim, F(0));
   std::fill_n(s.top, rows, F(-1e30));  // finite: a row that sees nothing must not give inf - inf
   std::fill_n(s.sum, rows, F(0));
   b.for_keys([&](Range at) {
-    in.k.load(b, at, s.k);
-    in.v.load(b, at, s.v);
+    in.k.load(b, at, 1, s.k);
+    in.v.load(b, at, 1, s.v);
     multiply(false, true, rows, at.count(), dim, s.q, s.k, s.p, false);
     b.for_rows(at, s.p, [&](int64_t r, F* scores) {
-      const F keep = softmax_row(at.count(), scores, s.top[r], s.sum[r]);
+      const F before = s.top[r], more = cpu::exp_row(scores, scores, at.count(), s.top[r]);
+      const F keep = s.sum[r] == 0 ? F(1) : cpu::fast_exp(before - s.top[r]);
+      s.sum[r] = s.sum[r] * keep + more;
       if (keep != 1)
         for (int64_t d = r * dim; d < (r + 1) * dim; ++d) s.y[d] *= keep;
     });
@@ -212,16 +197,16 @@ void backward(const Block& b, const Qkv<const T>& in, F scale, const Saved<T>& s
               bool add, F* d_keys, F* d_values, const Scratch<F>& s) {
   const int64_t rows = b.rows, dim = b.n.s.head_dim;
   F *lse = s.top, *delta = s.sum, *dq = s.y;
-  in.q.load(b, scale, s.q);
-  saved.out.load(b, 1, s.y);
-  saved.d_out.load(b, 1, s.dy);
-  saved.lse.load(b, 1, lse);
+  in.q.load(b, b.tokens, scale, s.q);
+  saved.out.load(b, b.tokens, 1, s.y);
+  saved.d_out.load(b, b.tokens, 1, s.dy);
+  saved.lse.load(b, b.tokens, 1, lse);
   for (int64_t r = 0; r < rows; ++r) delta[r] = cpu::dot(s.y + r * dim, s.dy + r * dim, dim);
   std::fill_n(dq, rows * dim, F(0));
   b.for_keys([&](Range at) {
     const int64_t count = at.count(), from = at.begin * dim;
-    in.k.load(b, at, s.k);
-    in.v.load(b, at, s.v);
+    in.k.load(b, at, 1, s.k);
+    in.v.load(b, at, 1, s.v);
     multiply(false, true, rows, count, dim, s.q, s.k, s.p, false);
     multiply(false, true, rows, count, dim, s.dy, s.v, s.ds, false);
     b.for_rows(at, s.p, [&](int64_t r, F* p) {
@@ -258,56 +243,49 @@ template <class T> void sum_parts(const Problem& n, const Tensor& parts, Heads<T
 
 template <class T, class F = Acc<T>>
 void backward(const Problem& n, const Qkv<const T>& in, float scale, const Saved<T>& saved,
-              Qkv<T> to, bool add, Tensor& d_keys, Tensor& d_values, Tensor& scratch) {
+              Qkv<T> to, bool add, Tensor& d_kv, Tensor& scratch) {
   const int64_t parts = n.parts(), size = n.keys * n.s.head_dim;
   for_tasks(n.kv_count() * parts, [&](int64_t task) {
-    F *dk = d_keys.data<F>() + task * size, *dv = d_values.data<F>() + task * size;
+    F *dk = d_kv.data<F>() + task * size, *dv = dk + n.kv_count() * parts * size;
     std::fill_n(dk, size, F(0));
     std::fill_n(dv, size, F(0));
     for (int64_t block = task % parts; block < n.blocks(); block += parts)
-      backward(Block(n, task / parts, block), in, F(scale), saved, to.q, add, dk, dv,
+      backward(Block{n, task / parts, block}, in, F(scale), saved, to.q, add, dk, dv,
                Scratch<F>(n, scratch));
   });
-  sum_parts(n, d_keys, to.k, add);
-  sum_parts(n, d_values, to.v, add);
+  sum_parts(n, d_kv.row_range(0, n.kv_count()), to.k, add);
+  sum_parts(n, d_kv.row_range(n.kv_count(), 2 * n.kv_count()), to.v, add);
 }
 
-// The result [tokens, Hq D] and lse [tokens, Hq].
-struct Attended {
-  Tensor y, lse;
-};
-
-// The keys and values of a token are consecutive in kv, from column `at` on.
-Attended attend(Op& op, const Problem& n, const Tensor& qkv, const Tensor& kv, int64_t at,
-                float scale, double bytes) {
+// The result [tokens, Hq D] and lse [tokens, Hq]. The keys and values of a token are consecutive in
+// kv, from column `at` on. With on_gpu by the kernel.
+std::pair<Tensor, Tensor> attend(Op& op, const Problem& n, const Tensor& qkv, const Tensor& kv,
+                                 int64_t at, float scale, double bytes, bool on_gpu) {
   const AttentionShape& s = n.s;
   const DType wide = master_dtype(qkv.dtype());
-  Attended to{op.output("attention", {qkv.dim(0), s.heads * s.head_dim}, qkv.dtype()),
-              op.workspace("attention_lse", {qkv.dim(0), s.heads}, wide)};
-  Tensor scratch = make_scratch(op, n, wide);
-  cpu::run(op, {.flops = n.flops(), .bytes = bytes + to.y.nbytes()}, qkv.dtype(), [&](auto z) {
-    using T = decltype(z);
-    using F = Acc<T>;
-    const Heads<const T> k{kv.data<T>() + at, kv.cols(), s.head_dim};
-    const Heads<const T> v{k.data + s.kv_heads * s.head_dim, k.stride, k.width};
-    const Heads<T> y{to.y.data<T>(), to.y.dim(1), n.group() * s.head_dim};
-    const Heads<F> lse{to.lse.data<F>(), s.heads, n.group()};
-    for_tasks(n.kv_count() * n.blocks(), [&](int64_t task) {
-      forward<T>(Block(n, task / n.blocks(), task % n.blocks()), {split(qkv.data<T>(), s).q, k, v},
-                 F(scale), y, lse, Scratch<F>(n, scratch));
-    });
-  });
-  return to;
-}
-
-Attended attend_on_gpu(Op& op, const Problem& n, const Tensor& qkv, float scale) {
-  const AttentionShape& s = n.s;
-  const Attended to{op.output("attention", {qkv.dim(0), s.heads * s.head_dim}, qkv.dtype()),
-                    op.workspace("attention_lse", {qkv.dim(0), s.heads}, DType::f32)};
-  op.run(
-      {.flops = n.flops(), .bytes = double(qkv.nbytes() + to.y.nbytes())}, [] {},
-      [&](auto stream) { cuda::attention(qkv, s, scale, n.window, to.y, to.lse, stream); });
-  return to;
+  Tensor y = op.output("attention", {qkv.dim(0), s.heads * s.head_dim}, qkv.dtype());
+  Tensor lse = op.workspace("attention_lse", {qkv.dim(0), s.heads}, wide);
+  Tensor scratch = on_gpu ? Tensor() : make_scratch(op, n, wide);
+  cpu::run(
+      op, {.flops = n.flops(), .bytes = bytes + y.nbytes()}, qkv.dtype(),
+      [&](auto z) {
+        using T = decltype(z);
+        using F = Acc<T>;
+        const Heads<const T> q = split(qkv.data<T>(), s).q,
+                             k{kv.data<T>() + at, kv.cols(), s.head_dim};
+        const Heads<const T> v{k.data + s.kv_heads * s.head_dim, k.stride, k.width};
+        const Heads<T> out{y.data<T>(), y.dim(1), q.width};
+        const Heads<F> lses{lse.data<F>(), s.heads, n.group()};
+        for_tasks(n.kv_count() * n.blocks(), [&](int64_t task) {
+          forward<T>(Block{n, task / n.blocks(), task % n.blocks()}, {q, k, v}, F(scale), out, lses,
+                     Scratch<F>(n, scratch));
+        });
+      },
+      [&](auto stream) {
+        if (on_gpu) cuda::attention(qkv, s, scale, n.window, y, lse, stream);
+        return on_gpu;
+      });
+  return {y, lse};
 }
 
 void require_shape(const Op& op, const Tensor& qkv, const AttentionShape& s, int64_t window) {
@@ -323,43 +301,45 @@ void require_shape(const Op& op, const Tensor& qkv, const AttentionShape& s, int
 }  // namespace
 
 Tensor attention(Tape& tape, const Tensor& qkv, const AttentionShape& shape, float scale,
-                 const AttentionMask& mask, Loc at) {
+                 const Tensor& document_start, int64_t window, Loc at) {
   Op op(tape, "attention", at, {{"qkv", qkv}});
-  require_shape(op, qkv, shape, mask.window);
-  const Tensor start = mask.document_start;
-  op.require(!start || (start.shape() == Shape{qkv.dim(0)} && start.dtype() == DType::i32 &&
-                        start.device() == qkv.device()),
+  require_shape(op, qkv, shape, window);
+  op.require(!document_start ||
+                 (document_start.shape() == Shape{qkv.dim(0)} &&
+                  document_start.dtype() == DType::i32 && document_start.device() == qkv.device()),
              "document_start must be int32[{}] on {}, it is {}", qkv.dim(0), name_of(qkv.device()),
-             start.str());
-  const Problem n{shape, shape.sequence, 0, mask.window, start};
-  const bool on_gpu = op.on_gpu() && !start && cuda::attention_fits(qkv, shape);
+             document_start.str());
+  const Problem n{shape, shape.sequence, 0, window, document_start};
+  const bool on_gpu = op.on_gpu() && !document_start && cuda::attention_fits(qkv, shape);
   const auto [y, lse] =
-      on_gpu ? attend_on_gpu(op, n, qkv, scale)
-             : attend(op, n, qkv, qkv, shape.heads * shape.head_dim, scale, double(qkv.nbytes()));
+      attend(op, n, qkv, qkv, shape.heads * shape.head_dim, scale, double(qkv.nbytes()), on_gpu);
   op.backward([=, y = y, lse = lse](Op& op) {
     const Tensor dy = op.grad(y);
     auto d = op.accumulate(qkv);
     if (!d) return;
-    const Cost cost{.flops = 2.5 * n.flops(), .bytes = 2.0 * (qkv.nbytes() + y.nbytes())};
-    if (on_gpu && !d.add)
-      return op.run(
-          cost, [] {},
-          [&](auto stream) {
+    const bool by_kernel = on_gpu && !d.add;  // which cannot add
+    Tensor d_kv, scratch;
+    if (!by_kernel) {
+      d_kv = op.workspace("attention_d_kv", {2 * n.kv_count(), n.parts(), n.keys, shape.head_dim},
+                          lse.dtype());
+      scratch = make_scratch(op, n, lse.dtype());
+    }
+    cpu::run(
+        op, {.flops = 2.5 * n.flops(), .bytes = 2.0 * (qkv.nbytes() + y.nbytes())}, qkv.dtype(),
+        [&](auto z) {
+          using T = decltype(z);
+          const int64_t stride = y.dim(1), width = n.group() * shape.head_dim;
+          const Saved<T> saved{{y.data<T>(), stride, width},
+                               {dy.data<T>(), stride, width},
+                               {lse.data<Acc<T>>(), shape.heads, n.group()}};
+          backward<T>(n, split(qkv.data<T>(), shape), scale, saved,
+                      split(d.tensor.data<T>(), shape), d.add, d_kv, scratch);
+        },
+        [&](auto stream) {
+          if (by_kernel)
             cuda::attention_backward(qkv, shape, scale, n.window, y, lse, dy, d.tensor, stream);
-          });
-    const Shape parts{n.kv_count(), n.parts(), n.keys, shape.head_dim};
-    Tensor d_keys = op.workspace("attention_d_keys", parts, lse.dtype());
-    Tensor d_values = op.workspace("attention_d_values", parts, lse.dtype());
-    Tensor scratch = make_scratch(op, n, lse.dtype());
-    cpu::run(op, cost, qkv.dtype(), [&](auto z) {
-      using T = decltype(z);
-      const int64_t stride = y.dim(1), width = n.group() * shape.head_dim;
-      const Saved<T> saved{{y.data<T>(), stride, width},
-                           {dy.data<T>(), stride, width},
-                           {lse.data<Acc<T>>(), shape.heads, n.group()}};
-      backward<T>(n, split(qkv.data<T>(), shape), scale, saved, split(d.tensor.data<T>(), shape),
-                  d.add, d_keys, d_values, scratch);
-    });
+          return by_kernel;
+        });
   });
   return y;
 }
@@ -386,7 +366,8 @@ Tensor attention_cached(Tape& tape, const Tensor& qkv, KvCache& cache, const Att
                   cache.kv.data<T>() + (before + i) * kv_width);
   });
   const double read = double(cache.length * kv_width) * double(size_of(qkv.dtype()));
-  return attend(op, {shape, cache.length, before, window, {}}, qkv, cache.kv, 0, scale, read).y;
+  const Problem n{shape, cache.length, before, window, {}};
+  return attend(op, n, qkv, cache.kv, 0, scale, read, false).first;
 }
 
 }  // namespace pith

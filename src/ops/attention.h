@@ -30,12 +30,8 @@ Tensor qk_norm_rope(Tape& tape, const Tensor& qkv, Param* q_norm, Param* k_norm,
 // the keys j <= i of its sequence with j > i - window (window 0: no limit) and j >=
 // document_start[i]; document_start i32 [T] holds positions within the sequence (empty: one
 // document). Returns [T, Hq D].
-struct AttentionMask {
-  Tensor document_start;
-  int64_t window = 0;
-};
 Tensor attention(Tape& tape, const Tensor& qkv, const AttentionShape& shape, float scale,
-                 const AttentionMask& mask = {}, Loc at = Loc::current());
+                 const Tensor& document_start = {}, int64_t window = 0, Loc at = Loc::current());
 
 // For generation, not recorded: appends the k and v of `shape.sequence` new tokens to the cache (kv
 // [capacity, 2 Hkv D], batch 1) and attends over everything in it.

@@ -1,18 +1,10 @@
 #include "ops/basic.h"
 
-#include <tuple>
-
 #include "ops/gemm.h"
 #include "ops/simd.h"
 
-// Two helpers hold nearly all loops: map (arithmetic, with broadcasting and sums) and pick (every
-// op that moves elements). Arithmetic is in the accumulation type, sums are in fp64.
-
 namespace pith {
 namespace {
-
-using cpu::Acc;
-using std::tuple;
 
 int64_t row_size(const Tensor& x) {  // columns, known for no rows too
   int64_t n = 1;
@@ -20,241 +12,170 @@ int64_t row_size(const Tensor& x) {  // columns, known for no rows too
   return n;
 }
 
-// Element i of a matrix, seen from a row, a column or a single element of it: where that is. The
-// default is the matrix itself.
-struct Place {
-  int64_t cols = 1, row = 1, col = 0;
-  bool itself() const { return row == cols; }
-  int64_t operator()(int64_t i) const { return i / cols * row + i % cols * col; }
+// One term of a result: its element of y is the sum of f(element of a, element of b). An element of
+// -1 stands for zero.
+struct Term {
+  int64_t y, a, b = -1;
 };
 
-// i -> element i in the accumulation type; 0 for a tensor without memory.
-template <class T> auto values(const Tensor& x) {
-  return [p = x ? x.data<T>() : nullptr](int64_t i) { return p ? Acc<T>(p[i]) : Acc<T>(0); };
-}
-
-// to[j] = (to.add ? to[j] : 0) + the sum of value(i) over all i < n at j, where value = make(a
-// value of the type of `to`).
-template <class F> void write(Op& op, Op::Into to, double bytes, int64_t n, Place at, F make) {
-  if (!to) return;
-  cpu::run(op, {.bytes = bytes}, to.tensor.dtype(), [&](auto z) {
-    using T = decltype(z);
-    const auto value = make(z);
-    T* out = to.tensor.data<T>();
-    const auto put = [&](int64_t j, Acc<T> v) { out[j] = T(to.add ? Acc<T>(out[j]) + v : v); };
-    if (at.itself()) {
-#pragma omp parallel for if (n > 65536)
-      for (int64_t i = 0; i < n; ++i) put(i, Acc<T>(value(i)));
-      return;
-    }
-    std::vector<double> sums(size_t(to.tensor.numel()));
-    for (int64_t i = 0; i < n; ++i) sums[at(i)] += double(value(i));
-    for (size_t j = 0; j < sums.size(); ++j) put(j, Acc<T>(sums[j]));
-  });
-}
-
-// y[to(i)] = sum of f(a[i], b[of_b(i)]), where f gives its value and its derivatives by a and b; b
-// may be empty. Unless `reads`, the derivatives are constants, and neither a nor b is kept.
-template <class F>
-Tensor map(Op& op, const char* name, const Tensor& a, const Tensor& b, Place of_b, Shape shape,
-           Place to, bool reads, F f) {
-  Tensor y = op.output(name, shape, a.dtype());
-  const int64_t n = a.numel();
-  const double bytes = double(a.nbytes() + (b ? b.nbytes() : 0) + y.nbytes());
-  write(op, {y}, bytes, n, to, [&](auto z) {
-    using T = decltype(z);
-    return [=, va = values<T>(a), vb = values<T>(b)](int64_t i) {
-      return std::get<0>(f(va(i), vb(of_b(i))));
-    };
-  });
-  op.backward([=, a = reads ? a : a.identity(), b = reads ? b : b.identity(), two = bool(b),
-               y = y.identity()](Op& op) {
-    const Tensor dy = op.grad(y);
-    const auto along = [&](auto z, bool by_b) {
-      using T = decltype(z);
-      return [=, g = values<T>(dy), va = values<T>(a), vb = values<T>(b)](int64_t i) {
-        const auto [value, da, db] = f(va(i), vb(of_b(i)));
-        return g(to(i)) * (by_b ? db : da);
+// All loops but matmul's and top_k's, in fp64: y is the sum of the terms where(0) ... where(n - 1),
+// where f gives {f(a, b), its derivative by a, by b}; b may be empty.
+template <class W, class F>
+Tensor combine(Op& op, const char* name, const Tensor& a, const Tensor& b, Shape shape, int64_t n,
+               W where, F f) {
+  // to = the sum of f(...)[part], times dy if there is one
+  const auto write = [=](Op& op, Tensor to, int part, const Tensor& dy) {
+    op.run({.bytes = double(a.nbytes() + (b ? b.nbytes() : 0) + to.nbytes())}, [&] {
+      const auto values = [](const Tensor& t) {
+        return t ? t.to_vector<double>() : std::vector<double>();
       };
-    };
-    // a and b may be one tensor: the second contribution then adds to the first.
-    write(op, op.accumulate(a), 1.5 * bytes, n, {}, [&](auto z) { return along(z, false); });
-    if (two)
-      write(op, op.accumulate(b), 1.5 * bytes, n, of_b, [&](auto z) { return along(z, true); });
+      const std::vector<double> of_a = values(a), of_b = values(b), g = values(dy);
+      std::vector<double> sums(size_t(to.numel()));
+      // As many terms as results: each has its own.
+#pragma omp parallel for if (part == 0 && n == to.numel() && n > 16384)
+      for (int64_t i = 0; i < n; ++i) {
+        const Term t = where(i);
+        const int64_t place = part == 0 ? t.y : part == 1 ? t.a : t.b;
+        if (place < 0) continue;
+        const double value = f(t.a < 0 ? 0 : of_a[t.a], t.b < 0 ? 0 : of_b[t.b])[part];
+        sums[place] += dy ? value * g[t.y] : value;
+      }
+      to.copy_from(Tensor::of<double>(to.shape(), sums));
+    });
+  };
+  Tensor y = op.output(name, shape, a.dtype());
+  write(op, y, 0, {});
+  op.backward([=, y = y.identity()](Op& op) {
+    const Tensor dy = op.grad(y);
+    for (const int part : {1, 2}) {
+      const Tensor& x = part == 1 ? a : b;
+      if (!op.wants(x)) continue;
+      const Tensor dx = op.workspace(name, x.shape(), x.dtype());
+      write(op, dx, part, dy);
+      op.give(x, dx);
+    }
   });
   return y;
+}
+
+using Values = std::array<double, 3>;
+Values sum_of(double a, double b) { return {a + b, 1, 1}; }
+
+void require_one_dtype(const Op& op, const Tensor& a, const Tensor& b) {
+  op.require(a.dtype() == b.dtype(), "a and b must have one dtype: cast one of them");
+}
+
+// The element of b, in one of the forms that broadcast, that meets element i of a.
+auto broadcast(const Op& op, const Tensor& a, const Tensor& b) {
+  require_one_dtype(op, a, b);
+  const int64_t cols = row_size(a);
+  const bool same = b.shape() == a.shape(), one = b.numel() == 1,
+             row = b.shape() == Shape{cols} || b.shape() == Shape{1, cols};
+  op.require(same || one || row || b.shape() == Shape{a.rows(), 1},
+             "b must have the shape of a, one row [{}], one column [{}, 1] or [1]", cols, a.rows());
+  return [=](int64_t i) { return same ? i : one ? 0 : row ? i % cols : i / cols; };
+}
+
+template <class F>
+Tensor binary(Tape& tape, const char* name, const Tensor& a, const Tensor& b, Loc at, F f) {
+  Op op(tape, name, at, {{"a", a}, {"b", b}});
+  const auto of_b = broadcast(op, a, b);
+  const auto place = [=](int64_t i) { return Term{i, i, of_b(i)}; };
+  return combine(op, name, a, b, a.shape(), a.numel(), place, f);
 }
 
 template <class F> Tensor unary(Tape& tape, const char* name, const Tensor& x, Loc at, F f) {
   Op op(tape, name, at, {{"x", x}});
-  return map(op, name, x, {}, {}, x.shape(), {}, true,
-             [f](auto v, auto) { return std::tuple_cat(f(v), tuple(0)); });
+  const auto place = [](int64_t i) { return Term{i, i}; };
+  return combine(op, name, x, {}, x.shape(), x.numel(), place,
+                 [f](double v, double) { return f(v); });
 }
 
-Tensor reduce(Tape& tape, const char* name, const Tensor& x, Shape shape, Place to, double factor,
-              Loc at) {
-  Op op(tape, name, at, {{"x", x}});
-  return map(op, name, x, {}, {}, shape, to, false,
-             [factor](auto v, auto) { return tuple(factor * double(v), decltype(v)(factor), 0); });
-}
-
-Place broadcast(const Op& op, const Tensor& a, const Tensor& b) {
-  op.require(a.dtype() == b.dtype(), "a and b must have one dtype: cast one of them");
-  const int64_t cols = row_size(a);
-  if (b.shape() == a.shape()) return {};
-  if (b.numel() == 1) return {cols, 0, 0};
-  if (b.shape() == Shape{cols} || b.shape() == Shape{1, cols}) return {cols, 0, 1};
-  op.require(b.shape() == Shape{a.rows(), 1},
-             "b must have the shape of a, one row [{}], one column [{}, 1] or [1]", cols, a.rows());
-  return {cols, 1, 0};
-}
-
-template <class F>
-Tensor binary(Tape& tape, const char* name, const Tensor& a, const Tensor& b, Loc at, bool reads,
-              F f) {
-  Op op(tape, name, at, {{"a", a}, {"b", b}});
-  return map(op, name, a, b, broadcast(op, a, b), a.shape(), {}, reads, f);
-}
-
-struct Source {
-  bool second;
-  int64_t element;
-};
-
-// y[r, c] is one element of a or b (which may be empty), the one that where(r, c) names; an element
-// may be named often.
-template <class F>
-Tensor pick(Op& op, const char* name, const Tensor& a, const Tensor& b, Shape shape, F where) {
-  op.require(!b || a.dtype() == b.dtype(), "a and b must have one dtype: cast one of them");
-  Tensor y = op.output(name, shape, a.dtype());
-  const int64_t cols = std::max<int64_t>(1, y.cols());
-  write(op, {y}, 2.0 * y.nbytes(), y.numel(), {}, [&](auto z) {
-    using T = decltype(z);
-    return [=, va = values<T>(a), vb = values<T>(b)](int64_t i) {
-      const Source s = where(i / cols, i % cols);
-      return s.second ? vb(s.element) : va(s.element);
-    };
-  });
-  op.backward([=, a = a.identity(), b = b.identity(), two = bool(b), y = y.identity()](Op& op) {
-    const Tensor dy = op.grad(y);
-    Op::Into into[] = {op.accumulate(a), two ? op.accumulate(b) : Op::Into{}};
-    op.run({.bytes = 3.0 * y.nbytes()}, [&] {
-      for (Op::Into& d : into)
-        if (d && !d.add) d.tensor.fill_zero();
-      by_float(y.dtype(), [&](auto z) {
-        using T = decltype(z);
-        for (int64_t i = 0; i < dy.numel(); ++i) {
-          const Source s = where(i / cols, i % cols);
-          if (!into[s.second]) continue;
-          T& sum = into[s.second].tensor.template data<T>()[s.element];
-          sum = T(Acc<T>(sum) + Acc<T>(dy.data<T>()[i]));
-        }
-      });
-    });
-  });
-  return y;
-}
-
-// The shape of x with another number of rows.
-Shape with_rows(const Tensor& x, int64_t rows) {
-  std::vector<int64_t> dims(x.shape().dims().begin(), x.shape().dims().end());
-  dims[0] = rows;
-  return Shape(std::span<const int64_t>(dims));
+// y whose elements are sums of those of x: where(i) is {element of y, element of x}.
+template <class W>
+Tensor move(Op& op, const char* name, const Tensor& x, Shape shape, int64_t n, W where) {
+  return combine(op, name, x, {}, shape, n, where, sum_of);
 }
 
 }  // namespace
 
 Tensor add(Tape& tape, const Tensor& a, const Tensor& b, Loc at) {
-  return binary(tape, "add", a, b, at, false, [](auto x, auto y) { return tuple(x + y, 1, 1); });
+  return binary(tape, "add", a, b, at, sum_of);
 }
 
 Tensor sub(Tape& tape, const Tensor& a, const Tensor& b, Loc at) {
-  return binary(tape, "sub", a, b, at, false, [](auto x, auto y) { return tuple(x - y, 1, -1); });
+  return binary(tape, "sub", a, b, at, [](double x, double y) { return Values{x - y, 1, -1}; });
 }
 
 Tensor mul(Tape& tape, const Tensor& a, const Tensor& b, Loc at) {
-  return binary(tape, "mul", a, b, at, true, [](auto x, auto y) { return tuple(x * y, y, x); });
+  return binary(tape, "mul", a, b, at, [](double x, double y) { return Values{x * y, y, x}; });
 }
 
 Tensor div(Tape& tape, const Tensor& a, const Tensor& b, Loc at) {
-  return binary(tape, "div", a, b, at, true,
-                [](auto x, auto y) { return tuple(x / y, 1 / y, -x / (y * y)); });
-}
-
-Tensor scale(Tape& tape, const Tensor& a, double factor, Loc at) {
-  return unary(tape, "scale", a, at,
-               [factor](auto v) { return tuple(v * decltype(v)(factor), decltype(v)(factor)); });
-}
-
-Tensor exp(Tape& tape, const Tensor& x, Loc at) {
-  return unary(tape, "exp", x, at, [](auto v) { return tuple(std::exp(v), std::exp(v)); });
-}
-
-Tensor log(Tape& tape, const Tensor& x, Loc at) {
-  return unary(tape, "log", x, at, [](auto v) { return tuple(std::log(v), 1 / v); });
-}
-
-Tensor sigmoid(Tape& tape, const Tensor& x, Loc at) {
-  return unary(tape, "sigmoid", x, at, [](auto v) {
-    const auto s = cpu::sigmoid_of(v);
-    return tuple(s, s * (1 - s));
+  return binary(tape, "div", a, b, at, [](double x, double y) {
+    return Values{x / y, 1 / y, -x / (y * y)};
   });
 }
 
-Tensor silu(Tape& tape, const Tensor& x, Loc at) {
-  return unary(tape, "silu", x, at, [](auto v) {
-    const auto s = cpu::sigmoid_of(v);
-    return tuple(v * s, s * (1 + v - v * s));
+Tensor exp(Tape& tape, const Tensor& x, Loc at) {
+  return unary(tape, "exp", x, at, [](double v) { return Values{std::exp(v), std::exp(v)}; });
+}
+
+Tensor log(Tape& tape, const Tensor& x, Loc at) {
+  return unary(tape, "log", x, at, [](double v) { return Values{std::log(v), 1 / v}; });
+}
+
+Tensor sigmoid(Tape& tape, const Tensor& x, Loc at) {
+  return unary(tape, "sigmoid", x, at, [](double v) {
+    const double s = cpu::sigmoid_of(v);
+    return Values{s, s * (1 - s)};
   });
 }
 
 Tensor softmax(Tape& t, const Tensor& x, Loc at) {
   // The same for every row minus its largest, which keeps exp from overflowing.
   const Tensor top = gather_cols(t, x, top_k(t, x, 1, at), at), e = exp(t, sub(t, x, top, at), at);
-  return div(t, e, sum_cols(t, e, at), at);
+  return div(t, e, sum(t, e, 1, at), at);
 }
 
-Tensor sum_cols(Tape& tape, const Tensor& x, Loc at) {
-  return reduce(tape, "sum_cols", x, {x.rows(), 1}, {row_size(x), 1, 0}, 1, at);
-}
-
-Tensor sum_rows_to_one(Tape& tape, const Tensor& x, Loc at) {
-  return reduce(tape, "sum_rows_to_one", x, {1, row_size(x)}, {row_size(x), 0, 1}, 1, at);
+Tensor sum(Tape& tape, const Tensor& x, int dim, Loc at) {
+  Op op(tape, "sum", at, {{"x", x}});
+  const int64_t cols = row_size(x);
+  const auto place = [=](int64_t i) { return Term{dim == 0 ? i % cols : i / cols, i}; };
+  return move(op, "sum", x, dim == 0 ? Shape{1, cols} : Shape{x.rows(), 1}, x.numel(), place);
 }
 
 Tensor mean(Tape& tape, const Tensor& x, Loc at) {
-  return reduce(tape, "mean", x, {1}, {row_size(x), 0, 0}, 1.0 / double(x.numel()), at);
+  Op op(tape, "mean", at, {{"x", x}});
+  const double share = 1.0 / double(x.numel());
+  const auto place = [](int64_t i) { return Term{0, i}; };
+  const auto term = [share](double v, double) { return Values{share * v, share}; };
+  return combine(op, "mean", x, {}, {1}, x.numel(), place, term);
+}
+
+// to = op(a) op(b)
+static Tensor product(Op& op, bool trans_a, bool trans_b, const Tensor& a, const Tensor& b,
+                      Tensor to) {
+  const int64_t m = to.dim(0), n = to.dim(1), k = a.dim(trans_a ? 0 : 1);
+  const double bytes = double(a.nbytes() + b.nbytes() + to.nbytes());
+  op.run({2.0 * double(m) * double(n) * double(k), bytes}, [&] {
+    cpu::gemm(trans_a, trans_b, m, n, k, a.raw(), b.raw(), a.dtype(), to.raw(), to.dtype(), false);
+  });
+  return to;
 }
 
 Tensor matmul(Tape& tape, const Tensor& a, const Tensor& b, Loc at) {
   Op op(tape, "matmul", at, {{"a", a}, {"b", b}});
   op.require(a.rank() == 2 && b.rank() == 2 && a.dim(1) == b.dim(0),
              "a [m, k] and b [k, n] must share k");
-  op.require(a.dtype() == b.dtype(), "a and b must have one dtype: cast one of them");
-  const int64_t m = a.dim(0), k = a.dim(1), n = b.dim(1);
-  const DType t = a.dtype();
-  const Cost cost{.flops = 2.0 * double(m) * double(n) * double(k),
-                  .bytes = double(a.nbytes() + b.nbytes() + size_t(m * n) * size_of(t))};
-  Tensor y = op.output("matmul", {m, n}, t);
-  op.run(cost, [&] { cpu::gemm(false, false, m, n, k, a.raw(), b.raw(), t, y.raw(), t, false); });
+  require_one_dtype(op, a, b);
+  const Tensor y = op.output("matmul", {a.dim(0), b.dim(1)}, a.dtype());
+  product(op, false, false, a, b, y);
   op.backward([=, y = y.identity()](Op& op) {
     const Tensor dy = op.grad(y);
-    // gemm cannot add to bf16: the product is made beside it, wide, and rounded once.
-    const auto product = [&](Op::Into to, bool ta, bool tb, int64_t inner, const Tensor& p,
-                             const Tensor& q) {
-      if (!to) return;
-      const bool beside = t == DType::bf16 && to.add;
-      Tensor out = beside ? op.workspace("matmul_grad", to.tensor.shape(), DType::f32) : to.tensor;
-      op.run(cost, [&] {
-        cpu::gemm(ta, tb, to.tensor.dim(0), to.tensor.dim(1), inner, p.raw(), q.raw(), t, out.raw(),
-                  out.dtype(), to.add && !beside);
-      });
-      if (beside)
-        write(op, to, double(out.nbytes()), out.numel(), {},
-              [&](auto) { return values<float>(out); });
-    };
-    product(op.accumulate(a), false, true, n, dy, b);
-    product(op.accumulate(b), true, false, m, a, dy);
+    const auto grad = [&](const Tensor& x) { return op.workspace("dx", x.shape(), x.dtype()); };
+    if (op.wants(a)) op.give(a, product(op, false, true, dy, b, grad(a)));
+    if (op.wants(b)) op.give(b, product(op, true, false, a, dy, grad(b)));
   });
   return y;
 }
@@ -262,59 +183,48 @@ Tensor matmul(Tape& tape, const Tensor& a, const Tensor& b, Loc at) {
 Tensor transpose(Tape& tape, const Tensor& x, Loc at) {
   Op op(tape, "transpose", at, {{"x", x}});
   op.require(x.rank() == 2, "x must be a matrix");
-  const int64_t cols = x.dim(1);
-  return pick(op, "transpose", x, {}, {cols, x.dim(0)}, [=](int64_t r, int64_t c) {
-    return Source{false, c * cols + r};
-  });
+  const int64_t rows = x.dim(0), cols = x.dim(1);
+  const auto place = [=](int64_t i) { return Term{i % cols * rows + i / cols, i}; };
+  return move(op, "transpose", x, {cols, rows}, x.numel(), place);
 }
 
-Tensor slice_rows(Tape& tape, const Tensor& x, int64_t begin, int64_t end, Loc at) {
-  Op op(tape, "slice_rows", at, {{"x", x}});
-  op.require(x.rank() > 0 && 0 <= begin && begin <= end && end <= x.rows(), "rows [{}, {}) of {}",
-             begin, end, x.rows());
-  const int64_t cols = row_size(x);
-  return pick(op, "slice_rows", x, {}, with_rows(x, end - begin), [=](int64_t r, int64_t c) {
-    return Source{false, (begin + r) * cols + c};
-  });
+Tensor slice(Tape& tape, const Tensor& x, int dim, int64_t begin, int64_t end, Loc at) {
+  Op op(tape, "slice", at, {{"x", x}});
+  const int64_t rows = x.rows(), cols = row_size(x), size = dim == 0 ? rows : cols;
+  op.require(0 <= begin && begin <= end && end <= size, "{} [{}, {}) of {}",
+             dim == 0 ? "rows" : "columns", begin, end, size);
+  const Shape shape = dim == 0 ? Shape{end - begin, cols} : Shape{rows, end - begin};
+  const int64_t first = dim == 0 ? begin * cols : begin, width = shape[1];
+  const auto place = [=](int64_t i) { return Term{i, first + i / width * cols + i % width}; };
+  return move(op, "slice", x, shape, shape.numel(), place);
 }
 
-Tensor slice_cols(Tape& tape, const Tensor& x, int64_t begin, int64_t end, Loc at) {
-  Op op(tape, "slice_cols", at, {{"x", x}});
-  const int64_t cols = row_size(x);
-  op.require(0 <= begin && begin <= end && end <= cols, "columns [{}, {}) of {}", begin, end, cols);
-  return pick(op, "slice_cols", x, {}, {x.rows(), end - begin}, [=](int64_t r, int64_t c) {
-    return Source{false, r * cols + begin + c};
-  });
-}
-
-Tensor concat_rows(Tape& tape, const Tensor& a, const Tensor& b, Loc at) {
-  Op op(tape, "concat_rows", at, {{"a", a}, {"b", b}});
-  op.require(a.rank() > 0 && row_size(a) == row_size(b), "a and b must have rows of one size");
-  const int64_t rows = a.rows(), cols = row_size(a);
-  return pick(op, "concat_rows", a, b, with_rows(a, rows + b.rows()), [=](int64_t r, int64_t c) {
-    return r < rows ? Source{false, r * cols + c} : Source{true, (r - rows) * cols + c};
-  });
-}
-
-Tensor concat_cols(Tape& tape, const Tensor& a, const Tensor& b, Loc at) {
-  Op op(tape, "concat_cols", at, {{"a", a}, {"b", b}});
-  op.require(a.rows() == b.rows(), "a and b must have one number of rows");
-  const int64_t of_a = row_size(a), of_b = row_size(b);
-  return pick(op, "concat_cols", a, b, {a.rows(), of_a + of_b}, [=](int64_t r, int64_t c) {
-    return c < of_a ? Source{false, r * of_a + c} : Source{true, r * of_b + c - of_a};
-  });
+Tensor concat(Tape& tape, const Tensor& a, const Tensor& b, int dim, Loc at) {
+  Op op(tape, "concat", at, {{"a", a}, {"b", b}});
+  op.require(dim == 0 ? row_size(a) == row_size(b) : a.rows() == b.rows(),
+             "a and b must have as many {}", dim == 0 ? "columns" : "rows");
+  require_one_dtype(op, a, b);
+  // Runs of a and b in turn: rows, or one run of each.
+  const int64_t of_a = dim == 0 ? a.numel() : row_size(a),
+                of_b = dim == 0 ? b.numel() : row_size(b);
+  const Shape shape = dim == 0 ? Shape{a.rows() + b.rows(), row_size(a)}
+                               : Shape{a.rows(), row_size(a) + row_size(b)};
+  const auto place = [=](int64_t i) {
+    const int64_t run = i / (of_a + of_b), at = i % (of_a + of_b);
+    return at < of_a ? Term{i, run * of_a + at} : Term{i, -1, run * of_b + at - of_a};
+  };
+  return combine(op, "concat", a, b, shape, shape.numel(), place, sum_of);
 }
 
 Tensor where(Tape& tape, const Tensor& mask_u8, const Tensor& a, const Tensor& b, Loc at) {
   Op op(tape, "where", at, {{"mask", mask_u8}, {"a", a}, {"b", b}});
   op.require(mask_u8.dtype() == DType::u8 && mask_u8.numel() == a.numel(),
              "the mask must be uint8, as large as a");
-  const Place of_b = broadcast(op, a, b);
-  const int64_t cols = row_size(a);
-  return pick(op, "where", a, b, a.shape(), [=](int64_t r, int64_t c) {
-    return mask_u8.data<uint8_t>()[r * cols + c] ? Source{false, r * cols + c}
-                                                 : Source{true, of_b(r * cols + c)};
-  });
+  const auto of_b = broadcast(op, a, b);
+  const auto place = [=](int64_t i) {
+    return mask_u8.data<uint8_t>()[i] ? Term{i, i} : Term{i, -1, of_b(i)};
+  };
+  return combine(op, "where", a, b, a.shape(), a.numel(), place, sum_of);
 }
 
 Tensor gather_cols(Tape& tape, const Tensor& x, const Tensor& index, Loc at) {
@@ -325,9 +235,8 @@ Tensor gather_cols(Tape& tape, const Tensor& x, const Tensor& index, Loc at) {
   if (index.device() == Device::cpu)
     for (const int32_t column : index.span<int32_t>())
       op.require(0 <= column && column < cols, "index {} is outside {} columns", column, cols);
-  return pick(op, "gather_cols", x, {}, index.shape(), [=](int64_t r, int64_t c) {
-    return Source{false, r * cols + index.data<int32_t>()[r * k + c]};
-  });
+  const auto place = [=](int64_t i) { return Term{i, i / k * cols + index.data<int32_t>()[i]}; };
+  return move(op, "gather_cols", x, index.shape(), index.numel(), place);
 }
 
 Tensor top_k(Tape& tape, const Tensor& x, int64_t k, Loc at) {
@@ -335,10 +244,11 @@ Tensor top_k(Tape& tape, const Tensor& x, int64_t k, Loc at) {
   const int64_t rows = x.rows(), cols = row_size(x);
   op.require(0 <= k && k <= cols, "the best {} of {} columns", k, cols);
   Tensor ids = op.workspace("top_k", {rows, k}, DType::i32);
-  cpu::run(op, {.bytes = double(x.nbytes() + ids.nbytes())}, x.dtype(), [&](auto z) {
-    const auto* in = x.data<decltype(z)>();
+  op.run({.bytes = double(x.nbytes() + ids.nbytes())}, [&] {
+    const std::vector<double> values = x.to_vector<double>();
+    const double* in = values.data();
     // NaN comes last.
-    const auto value = [&in](int32_t i) { return in[i] == in[i] ? double(in[i]) : -HUGE_VAL; };
+    const auto value = [&in](int32_t i) { return in[i] == in[i] ? in[i] : -HUGE_VAL; };
     std::vector<int32_t> order(static_cast<size_t>(cols));
     for (int64_t r = 0; r < rows; ++r, in += cols) {
       std::iota(order.begin(), order.end(), 0);
@@ -352,12 +262,9 @@ Tensor top_k(Tape& tape, const Tensor& x, int64_t k, Loc at) {
 Tensor cast(Tape& tape, const Tensor& x, DType to, Loc at) {
   Op op(tape, "cast", at, {{"x", x}});
   Tensor y = op.output("cast", x.shape(), to);
-  const double bytes = double(x.nbytes() + y.nbytes());
-  op.run({.bytes = bytes}, [&] { y.copy_from(x); });
-  op.backward([=, x = x.identity(), y = y.identity()](Op& op) {
-    const Tensor dy = op.grad(y).to(master_dtype(x.dtype()), "cast_grad");
-    write(op, op.accumulate(x), bytes, x.numel(), {},
-          [&](auto z) { return values<Acc<decltype(z)>>(dy); });
+  op.run({.bytes = double(x.nbytes() + y.nbytes())}, [&] { y.copy_from(x); });
+  op.backward([x = x.identity(), y = y.identity()](Op& op) {
+    op.give(x, op.grad(y).to(x.dtype(), "cast_grad"));
   });
   return y;
 }

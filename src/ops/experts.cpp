@@ -59,36 +59,34 @@ static void collect(const Tensor& y, const ExpertOrder& order, Tensor x, bool ad
   });
 }
 
-static void move_on_gpu(const Tensor& from, const ExpertOrder& order, const Tensor& to, bool gather,
-                        bool add, auto stream) {
-  if (gather)
-    cuda::spread_rows(from, order.slots, order.offsets, order.pairs.dim(1), to, add, stream);
-  else
-    cuda::collect_rows(from, order.pairs, to, add, stream);
+// gather: spread; else collect. Each is the other's backward.
+static void move(Op& op, const Tensor& from, const ExpertOrder& order, Op::Into to, bool gather) {
+  cpu::run(
+      op, {.bytes = double(from.nbytes() + to.tensor.nbytes())}, from.dtype(),
+      [&](auto z) {
+        (gather ? spread<decltype(z)> : collect<decltype(z)>)(from, order, to.tensor, to.add);
+      },
+      [&](auto stream) {
+        if (gather)
+          cuda::spread_rows(from, order.slots, order.offsets, order.pairs.dim(1), to.tensor, to.add,
+                            stream);
+        else
+          cuda::collect_rows(from, order.pairs, to.tensor, to.add, stream);
+      });
 }
 
-// gather: spread; else collect. Each is the other's backward.
 static Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const ExpertOrder& order,
                         bool gather, Loc at) {
   Op op(tape, name, at, {{"from", from}, {"pairs", order.pairs}, {"slots", order.slots}});
   const int64_t rows = order.pairs.dim(0), pairs = order.slots.dim(0);
   check_order(op, order, from, gather ? rows : pairs);
   Tensor to = op.output(name, {gather ? pairs : rows, from.dim(1)}, from.dtype());
-  const auto move = [order, cost = Cost{.bytes = double(from.nbytes() + to.nbytes())}](
-                        Op& op, bool gather, const Tensor& from, const Op::Into& to) {
-    cpu::run(
-        op, cost, from.dtype(),
-        [&](auto z) {
-          (gather ? spread<decltype(z)> : collect<decltype(z)>)(from, order, to.tensor, to.add);
-        },
-        [&](auto stream) { move_on_gpu(from, order, to.tensor, gather, to.add, stream); });
-  };
-  move(op, gather, from, {to});
+  move(op, from, order, {to}, gather);
   // The larger matrix, of pairs, can be gathered again, here or in the backward.
-  const auto gather_again = [move](Op& op, const Tensor& from, const Tensor& to) {
+  const auto gather_again = [order](Op& op, const Tensor& from, const Tensor& to) {
     op.recompute(op.context().recompute.gather, true, to, [=](Op& op, const Tensor& to) {
       from.restore();
-      move(op, true, from, {to});
+      move(op, from, order, {to}, true);
     });
   };
   if (gather) gather_again(op, from, to);
@@ -96,7 +94,7 @@ static Tensor move_rows(Tape& tape, const char* name, const Tensor& from, const 
     const Tensor d_to = op.grad(to);
     const Op::Into d = op.accumulate(from);
     if (!d) return;
-    move(op, !gather, d_to, d);
+    move(op, d_to, order, d, !gather);
     if (!gather && !d.add) gather_again(op, d_to, d.tensor);
   });
   return to;

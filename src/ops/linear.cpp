@@ -25,9 +25,8 @@ std::vector<Rows> groups_of(const Tensor& x, const Tensor& offsets) {
   return groups;
 }
 
-double flops_of(const Tensor& x, const Tensor& y, const Tensor& offsets) {
-  const bool seen = offsets && offsets.device() == Device::cpu;
-  return 2.0 * (seen ? groups_of(x, offsets).back().end : x.dim(0)) * y.dim(1) * x.dim(1);
+double flops_of(const Tensor& x, const Tensor& y) {
+  return 2.0 * double(x.numel()) * double(y.dim(1));
 }
 
 std::byte* address(Tensor t, int64_t element) {
@@ -95,7 +94,7 @@ void run_records(Context& context, std::span<WgradRecord* const> records) {
     op.require(
         r->x.dim(0) == r->dy.dim(0) && dw.tensor.numel() == groups * r->dy.dim(1) * r->x.dim(1),
         "the record does not fit the gradient {} of {}", dw.tensor.str(), r->param->name);
-    cost.flops += flops_of(r->x, r->dy, r->offsets);
+    cost.flops += flops_of(r->x, r->dy);
     cost.bytes += double(r->x.nbytes() + r->dy.nbytes());
   }
   const auto add = [&](size_t i) { return dw.add || i > 0; };
@@ -137,7 +136,7 @@ Tensor product(Op& op, const Tensor& x, Param& w, const Tensor& offsets, LinearO
   Param* bias = options.bias;
   op.require(!bias || bias->value.shape() == Shape{n}, "the bias must be [{}]", n);
   Tensor y = op.output("y", {x.dim(0), n}, options.out == DType::u8 ? x.dtype() : options.out);
-  const Cost cost{flops_of(x, y, offsets), double(x.nbytes() + m.nbytes() + y.nbytes())};
+  const Cost cost{flops_of(x, y), double(x.nbytes() + m.nbytes() + y.nbytes())};
   op.run(
       cost, [&] { multiply(x, m, true, offsets, y); },
       [&](auto stream) { multiply_on_gpu(x, m, true, offsets, y, false, stream); });
@@ -185,18 +184,12 @@ Tensor grouped_linear(Tape& tape, const Tensor& x, Param& w, const Tensor& offse
 }
 
 void flush_wgrads(Context& context, std::span<WgradQueue*> queues) {
-  std::vector<WgradRecord*> records;
+  std::map<Param*, std::vector<WgradRecord*>> by_param;
   for (WgradQueue* queue : queues)
-    for (WgradRecord& r : *queue) records.push_back(&r);
-  for (auto next = records.begin(); next != records.end();)
-    next = std::stable_partition(next, records.end(), [param = (*next)->param](WgradRecord* r) {
-      return r->param == param;
-    });
-  for (size_t i = 0, end; i < records.size(); i = end) {
-    for (end = i + 1; end < records.size() && records[end]->param == records[i]->param;) ++end;
-    const std::span<WgradRecord* const> of_one(&records[i], end - i);
-    run_records(context, of_one);
-    for (WgradRecord* r : of_one)
+    for (WgradRecord& r : *queue) by_param[r.param].push_back(&r);
+  for (const auto& [param, records] : by_param) {
+    run_records(context, records);
+    for (WgradRecord* r : records)
       r->x = r->dy = r->offsets = {};  // the last use: free now, not when the queue is cleared
   }
   for (WgradQueue* queue : queues) queue->clear();

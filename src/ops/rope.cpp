@@ -7,20 +7,24 @@ namespace pith {
 namespace {
 
 using cpu::Acc;
-using cpu::narrow;
 
 constexpr int64_t kChunk = 64;  // tokens whose weight gradients are summed together
 
-// One call, token by token, in the accumulation type A; rounded to T where Hugging Face rounds. z
+using Call = cuda::QkNormRope;  // the arguments of one call
+
+// Its tokens one by one, in the accumulation type A; rounded to T where Hugging Face rounds. z
 // [D] is scratch.
 template <class T> struct Rope {
   using A = Acc<T>;
-  AttentionShape shape;
-  int64_t half;  // rotated channels / 2
-  A eps;
-  const T *x, *wq, *wk;  // wq and wk may be null: no norm
-  const A *cos, *sin;
-  const int32_t* positions;
+  const Call& call;
+  const AttentionShape shape = call.shape;
+  const int64_t half = call.rope.cos.dim(1);  // rotated channels / 2
+  const A eps = A(call.eps);
+  const T* x = call.qkv.data<T>();
+  const T* wq = call.q_norm ? call.q_norm->value.data<T>() : nullptr;  // no norm
+  const T* wk = call.k_norm ? call.k_norm->value.data<T>() : nullptr;
+  const A *cos = call.rope.cos.data<A>(), *sin = call.rope.sin.data<A>();
+  const int32_t* positions = call.positions.data<int32_t>();
 
   int64_t rotated_heads() const { return shape.heads + shape.kv_heads; }
   const T* weight(int64_t head) const { return head < shape.heads ? wq : wk; }
@@ -39,15 +43,14 @@ template <class T> struct Rope {
       if (const T* w = weight(h)) {
         const A r = inverse_rms(in);
 #pragma omp simd
-        for (int64_t d = 0; d < shape.head_dim; ++d)
-          z[d] = A(narrow<T>(A(narrow<T>(A(in[d]) * r)) * A(w[d])));
+        for (int64_t d = 0; d < shape.head_dim; ++d) z[d] = A(T(A(T(A(in[d]) * r)) * A(w[d])));
       } else {
         std::copy_n(in, shape.head_dim, z);
       }
 #pragma omp simd
       for (int64_t d = 0; d < half; ++d) {
-        y[d] = narrow<T>(z[d] * c[d] - z[d + half] * s[d]);
-        y[d + half] = narrow<T>(z[d + half] * c[d] + z[d] * s[d]);
+        y[d] = T(z[d] * c[d] - z[d + half] * s[d]);
+        y[d + half] = T(z[d + half] * c[d] + z[d] * s[d]);
       }
       for (int64_t d = 2 * half; d < shape.head_dim; ++d) y[d] = T(z[d]);
     }
@@ -74,7 +77,7 @@ template <class T> struct Rope {
         r = inverse_rms(in);
 #pragma omp simd simdlen(16) reduction(+ : mean)
         for (int64_t d = 0; d < dim; ++d) {
-          dw[d] += z[d] * A(narrow<T>(A(in[d]) * r));
+          dw[d] += z[d] * A(T(A(in[d]) * r));
           z[d] *= A(w[d]);
           mean += z[d] * A(in[d]) * r;
         }
@@ -85,73 +88,54 @@ template <class T> struct Rope {
   }
 };
 
-// The arguments of one call.
-struct Call {
-  Tensor qkv;
-  Param *q_norm, *k_norm;
-  float eps;
-  RopeTable table;
-  Tensor positions;
-  AttentionShape shape;
+int64_t chunks_of(const Call& call) { return (call.qkv.dim(0) + kChunk - 1) / kChunk; }
 
-  void check(const Op& op) const {
-    const DType own = qkv.dtype(), wide = master_dtype(own);
-    const auto& [cos, sin] = table;
-    op.require(qkv.shape() == Shape{shape.batch * shape.sequence, shape.width()},
-               "qkv must be [{} x {} tokens, {}]", shape.batch, shape.sequence, shape.width());
-    for (const Param* w : {q_norm, k_norm})
-      op.require(!w || (w->value.shape() == Shape{shape.head_dim} && w->value.dtype() == own),
-                 "a norm weight must be {}[{}]", name_of(own), shape.head_dim);
-    op.require(cos.rank() == 2 && cos.shape() == sin.shape() && cos.dtype() == wide &&
-                   sin.dtype() == wide && 2 * cos.dim(1) <= shape.head_dim,
-               "cos and sin must be {}[P, at most {}]", name_of(wide), shape.head_dim / 2);
-    op.require(positions.dtype() == DType::i32 && positions.numel() == qkv.dim(0),
-               "positions must be int32[{}]", qkv.dim(0));
-    if (positions.device() != Device::cpu) return;
-    for (int32_t p : positions.span<int32_t>())
-      op.require(p >= 0 && p < cos.dim(0), "position {} is outside the rotary tables of {}", p,
-                 cos.dim(0));
-  }
-  // f(rope, token, z) for every token over the threads, the tokens of a chunk in order on one.
-  template <class T, class F> void for_tokens(F f) const {
-    using A = Acc<T>;
-    const auto weight = [](const Param* w) {
-      return w ? std::as_const(w->value).data<T>() : nullptr;
-    };
-    const Rope<T> rope{.shape = shape,
-                       .half = table.cos.dim(1),
-                       .eps = A(eps),
-                       .x = qkv.data<T>(),
-                       .wq = weight(q_norm),
-                       .wk = weight(k_norm),
-                       .cos = table.cos.data<A>(),
-                       .sin = table.sin.data<A>(),
-                       .positions = positions.data<int32_t>()};
-    cpu::parallel_rows(chunks(), kChunk * qkv.dim(1), [&](int64_t chunk) {
-      std::vector<A> z(size_t(shape.head_dim));
-      const int64_t end = std::min(qkv.dim(0), (chunk + 1) * kChunk);
-      for (int64_t t = chunk * kChunk; t < end; ++t) f(rope, t, z.data());
-    });
-  }
-  int64_t chunks() const { return (qkv.dim(0) + kChunk - 1) / kChunk; }
-  cuda::QkNormRope on_gpu() const { return {qkv, q_norm, k_norm, eps, table, positions, shape}; }
-};
+void check(const Op& op, const Call& call) {
+  const auto& [qkv, q_norm, k_norm, eps, table, positions, shape] = call;
+  const DType own = qkv.dtype(), wide = master_dtype(own);
+  const auto& [cos, sin] = table;
+  op.require(qkv.shape() == Shape{shape.batch * shape.sequence, shape.width()},
+             "qkv must be [{} x {} tokens, {}]", shape.batch, shape.sequence, shape.width());
+  for (const Param* w : {q_norm, k_norm})
+    op.require(!w || (w->value.shape() == Shape{shape.head_dim} && w->value.dtype() == own),
+               "a norm weight must be {}[{}]", name_of(own), shape.head_dim);
+  op.require(cos.rank() == 2 && cos.shape() == sin.shape() && cos.dtype() == wide &&
+                 sin.dtype() == wide && 2 * cos.dim(1) <= shape.head_dim,
+             "cos and sin must be {}[P, at most {}]", name_of(wide), shape.head_dim / 2);
+  op.require(positions.dtype() == DType::i32 && positions.numel() == qkv.dim(0),
+             "positions must be int32[{}]", qkv.dim(0));
+  if (positions.device() != Device::cpu) return;
+  for (int32_t p : positions.span<int32_t>())
+    op.require(p >= 0 && p < cos.dim(0), "position {} is outside the rotary tables of {}", p,
+               cos.dim(0));
+}
 
-void rope_backward(Op& op, const Call& call, const Tensor& dy) {
+// f(rope, token, z) for every token over the threads, the tokens of a chunk in order on one.
+template <class T, class F> void for_tokens(const Call& call, F f) {
+  const Rope<T> rope{call};
+  const int64_t tokens = call.qkv.dim(0);
+  cpu::parallel_rows(chunks_of(call), kChunk * call.qkv.dim(1), [&](int64_t chunk) {
+    std::vector<Acc<T>> z(size_t(call.shape.head_dim));
+    for (int64_t t = chunk * kChunk; t < std::min(tokens, (chunk + 1) * kChunk); ++t)
+      f(rope, t, z.data());
+  });
+}
+
+void rope_backward(Op& op, const Call& call, const Tensor& dy, Param* q_norm, Param* k_norm) {
   const Tensor& qkv = call.qkv;
   auto dx = op.accumulate(qkv);
-  const Op::Into dw_q = call.q_norm ? op.accumulate(*call.q_norm) : Op::Into{};
-  const Op::Into dw_k = call.k_norm ? op.accumulate(*call.k_norm) : Op::Into{};
+  const Op::Into dw_q = q_norm ? op.accumulate(*q_norm) : Op::Into{};
+  const Op::Into dw_k = k_norm ? op.accumulate(*k_norm) : Op::Into{};
   if (!dx) dx.tensor = op.workspace("qk_norm_rope_dx", qkv.shape(), qkv.dtype());
   const int64_t dim = call.shape.head_dim;
-  const int64_t chunks = std::max(op.on_gpu() ? cuda::kRopeParts : 0, call.chunks());
+  const int64_t chunks = std::max(op.on_gpu() ? cuda::kRopeParts : 0, chunks_of(call));
   Tensor dw = op.workspace("qk_norm_dw", {2 * chunks, dim}, master_dtype(qkv.dtype()));
   cpu::run(
       op, {.bytes = 3.0 * qkv.nbytes()}, qkv.dtype(),
       [&](auto type) {
         using T = decltype(type);
         dw.fill_zero();
-        call.for_tokens<T>([&](const Rope<T>& rope, int64_t t, Acc<T>* z) {
+        for_tokens<T>(call, [&](const Rope<T>& rope, int64_t t, Acc<T>* z) {
           Acc<T>* of_chunk = dw.data<Acc<T>>() + t / kChunk * dim;
           rope.backward(t, dy.data<T>(), dx.tensor.data<T>(), dx.add, of_chunk,
                         of_chunk + chunks * dim, z);
@@ -160,7 +144,7 @@ void rope_backward(Op& op, const Call& call, const Tensor& dy) {
         if (dw_k) cpu::add_rows(dw.row_range(chunks, 2 * chunks), nullptr, dw_k);
       },
       [&](auto stream) {
-        return cuda::qk_norm_rope_backward(call.on_gpu(), dy, dx, dw_q, dw_k, dw, stream);
+        return cuda::qk_norm_rope_backward(call, dy, dx, dw_q, dw_k, dw, stream);
       });
 }
 
@@ -172,18 +156,19 @@ Tensor qk_norm_rope(Tape& tape, const Tensor& qkv, Param* q_norm, Param* k_norm,
   Op op(tape, "qk_norm_rope", at,
         {{"qkv", qkv}, {"cos", rope.cos}, {"sin", rope.sin}, {"positions", positions}});
   const Call call{qkv, q_norm, k_norm, eps, rope, positions, shape};
-  call.check(op);
+  check(op, call);
   Tensor y = op.output("qk_norm_rope", qkv.shape(), qkv.dtype());
   cpu::run(
       op, {.bytes = 2.0 * qkv.nbytes()}, qkv.dtype(),
       [&](auto type) {
         using T = decltype(type);
         T* to = y.data<T>();
-        call.for_tokens<T>(
-            [&](const Rope<T>& rope, int64_t t, Acc<T>* z) { rope.forward(t, to, z); });
+        for_tokens<T>(call,
+                      [&](const Rope<T>& rope, int64_t t, Acc<T>* z) { rope.forward(t, to, z); });
       },
-      [&](auto stream) { return cuda::qk_norm_rope(call.on_gpu(), y, stream); });
-  op.backward([call, y = y.identity()](Op& op) { rope_backward(op, call, op.grad(y)); });
+      [&](auto stream) { return cuda::qk_norm_rope(call, y, stream); });
+  op.backward(
+      [=, y = y.identity()](Op& op) { rope_backward(op, call, op.grad(y), q_norm, k_norm); });
   return y;
 }
 

@@ -4,6 +4,7 @@
 #include "ops/simd.h"
 
 namespace pith {
+using cpu::Acc;
 using Score = RouterRule::Score;
 
 // out = softmax(x); returns logsumexp(x). A NaN anywhere makes everything NaN.
@@ -98,16 +99,26 @@ static void route_backward(const RouterRule& rule, const Routing& out, const Ten
   });
 }
 
-// counts [groups, E] += how often each group's ids chose each expert.
-static void count_ids(const Tensor& ids, int64_t groups, Tensor counts) {
-  const int64_t per_group = ids.numel() / groups, experts = counts.numel() / groups;
-  check_expert_ids(ids, experts);
-  const int32_t* id = ids.data<int32_t>();
-  cpu::by_wide(counts.dtype(), [&](auto z) {
-    auto* to = counts.data<decltype(z)>();
-    for (int64_t i = 0; i < ids.numel(); ++i)
-      if (id[i] >= 0) to[i / per_group * experts + id[i]] += 1;
-  });
+// counts[groups, E] = how often the ids of each group of rows chose each expert, / unit; with `add`,
+// where the unit is 1, added to what is there.
+static void count_ids(Op& op, const Tensor& ids, int64_t groups, int64_t unit, Tensor& counts,
+                      bool add) {
+  op.run(
+      {.bytes = double(ids.nbytes())},
+      [&] {
+        const int64_t per_group = ids.numel() / groups, experts = counts.numel() / groups;
+        check_expert_ids(ids, experts);
+        if (!add) counts.fill_zero();
+        const int32_t* id = ids.data<int32_t>();
+        by_float(counts.dtype(), [&](auto z) {
+          using A = Acc<decltype(z)>;
+          A* to = counts.data<A>();
+          for (int64_t i = 0; i < ids.numel(); ++i)
+            if (id[i] >= 0) to[i / per_group * experts + id[i]] += 1;
+          for (int64_t i = 0; i < groups * experts; ++i) to[i] /= A(unit);
+        });
+      },
+      [&](auto stream) { cuda::count_ids(ids, groups, 1.0 / double(unit), counts, add, stream); });
 }
 
 // A loss that is a sum over the rows of x [T, E]: row(t, x_t, d_t) returns a row's term and writes
@@ -119,10 +130,10 @@ static Tensor sum_over_tokens(Op& op, const char* name, const Tensor& x, F row, 
   Tensor loss = op.output(name, {1}, x.dtype());
   Tensor terms = op.workspace("loss_terms", {x.dim(0)}, x.dtype());
   Tensor slope = op.workspace("loss_slope", x.shape(), x.dtype());
-  cpu::run_wide(
+  cpu::run(
       op, {.bytes = 2.0 * x.nbytes()}, x.dtype(),
       [&](auto z) {
-        using A = decltype(z);
+        using A = Acc<decltype(z)>;
         const int64_t experts = x.dim(1);
         A* term = terms.data<A>();
         cpu::parallel_rows(x.dim(0), experts, [&](int64_t t) {
@@ -134,13 +145,13 @@ static Tensor sum_over_tokens(Op& op, const char* name, const Tensor& x, F row, 
         on_gpu(terms, slope, stream);
         cuda::sum_terms(terms, loss, stream);
       });
-  op.backward([=](Op& op) {
+  op.backward([=, x = x.identity(), loss = loss.identity()](Op& op) {
     const Tensor dloss = op.grad(loss);
     if (auto d = op.accumulate(x))
-      cpu::run_wide(
+      cpu::run(
           op, {.bytes = 2.0 * x.nbytes()}, x.dtype(),
           [&](auto z) {
-            using A = decltype(z);
+            using A = Acc<decltype(z)>;
             const A seed = dloss.data<A>()[0], *from = slope.data<A>();
             cpu::store(d.tensor.data<A>(), d.add, x.numel(),
                        [=](int64_t i) { return seed * from[i]; });
@@ -173,20 +184,20 @@ Routing route_top_k(Tape& tape, const Tensor& logits, const RouterRule& rule, co
           check_expert_ids(replay, logits.dim(1));
           out.ids.copy_from(replay);
         }
-        cpu::by_wide(logits.dtype(), [&](auto z) {
-          route_forward<decltype(z)>(logits, rule, bias, bool(replay), out);
+        by_float(logits.dtype(), [&](auto z) {
+          route_forward<Acc<decltype(z)>>(logits, rule, bias, bool(replay), out);
         });
       },
       [&](auto stream) {
         if (replay) Tensor(out.ids).copy_from(replay);
         cuda::route_top_k(logits, rule, bias, !replay, out, stream);
       });
-  op.backward([=](Op& op) {
+  op.backward([=, logits = logits.identity()](Op& op) {
     const Tensor dw = op.grad(out.weights), ds = op.grad(out.scores);
     if (auto d = op.accumulate(logits))
-      cpu::run_wide(
+      cpu::run(
           op, {.bytes = 3.0 * logits.nbytes()}, logits.dtype(),
-          [&](auto z) { route_backward<decltype(z)>(rule, out, dw, ds, d); },
+          [&](auto z) { route_backward<Acc<decltype(z)>>(rule, out, dw, ds, d); },
           [&](auto stream) { cuda::route_top_k_backward(rule, out, dw, ds, d, stream); });
   });
   return out;
@@ -210,30 +221,16 @@ Tensor balanced_ids(Tape& tape, int64_t tokens, int64_t top_k, int64_t experts, 
 void count_experts(Tape& tape, const Tensor& ids, Tensor& counts, Loc at) {
   Op op(tape, "count_experts", at, {{"ids", ids}, {"counts", counts}});
   op.require(counts.dtype() <= DType::f32, "counts must be fp32 or fp64");
-  op.run(
-      {.bytes = double(ids.nbytes())}, [&] { count_ids(ids, 1, counts); },
-      [&](auto stream) { cuda::count_ids(ids, 1, 1, counts, true, stream); });
+  count_ids(op, ids, 1, 1, counts, true);
 }
 
 Tensor expert_fractions(Tape& tape, const Tensor& ids, int64_t experts, int64_t groups, Loc at) {
   Op op(tape, "expert_fractions", at, {{"ids", ids}});
   op.require(ids.rank() == 2 && groups >= 1 && ids.dim(0) % groups == 0 && ids.numel() > 0,
              "ids must be [T, K] with T a positive multiple of {} groups", groups);
-  const DType wide = master_dtype(op.context().dtype);
-  Tensor fractions = op.workspace("expert_fractions", {groups, experts}, wide);
-  const int64_t choices = ids.numel() / groups;  // of one group; exact
-  op.run(
-      {.bytes = double(ids.nbytes())},
-      [&] {
-        fractions.fill_zero();
-        count_ids(ids, groups, fractions);
-        cpu::by_wide(fractions.dtype(), [&](auto z) {
-          for (auto& f : fractions.span<decltype(z)>()) f /= decltype(z)(choices);
-        });
-      },
-      [&](auto stream) {
-        cuda::count_ids(ids, groups, 1.0 / double(choices), fractions, false, stream);
-      });
+  Tensor fractions =
+      op.workspace("expert_fractions", {groups, experts}, master_dtype(op.context().dtype));
+  count_ids(op, ids, groups, ids.numel() / groups, fractions, false);
   return fractions;
 }
 

@@ -19,8 +19,8 @@ struct RouterRule {
 struct Routing {
   Tensor ids;      // i32 [T, K], best first; -1 is nobody
   Tensor weights;  // wide [T, K]; 0 where the id is -1
-  Tensor
-      scores;  // wide [T, E]: softmax or sigmoid over all, for the balance losses; differentiable
+  // wide [T, E]: softmax or sigmoid over all, for the balance losses; differentiable
+  Tensor scores;
 };
 
 // logits wide [T, E]. `bias` (wide [E], or empty) is added to the scores for the choice only

@@ -38,18 +38,6 @@ template <class F, class... Gpu> void run(Op& op, Cost cost, DType dtype, F&& f,
   op.run(
       cost, [&] { by_float(dtype, f); }, gpu...);
 }
-// The same where bf16 cannot be.
-template <class F> void by_wide(DType wide, F&& f) {
-  wide == DType::f64 ? f(double{}) : f(float{});
-}
-template <class F, class... Gpu> void run_wide(Op& op, Cost cost, DType wide, F&& f, Gpu... gpu) {
-  op.run(
-      cost, [&] { by_wide(wide, f); }, gpu...);
-}
-
-// Rounds to the storage type.
-template <class T> T narrow(Acc<T> x) { return T(x); }
-
 template <class A> A sigmoid_of(A x) { return A(1) / (A(1) + fast_exp(-x)); }
 
 template <class A> A dot(const A* a, const A* b, int64_t n) {
