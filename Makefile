@@ -1,7 +1,7 @@
 # `make` builds build/pith. Quiet unless something fails. Every target installs and builds what it needs.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: build build-cuda setup setup-cuda demo test test-cuda bundle asan build-times clean
+.PHONY: build build-cuda setup setup-cuda demo test test-cuda bench bundle asan build-times clean
 
 # Compiler output, not the small talk of ninja and cmake.
 quiet_ninja = ninja -C $(1) --quiet $(2) | { grep -vE '^(ninja: no work to do|-- )' || true; }
@@ -26,6 +26,14 @@ bundle: build-cuda
 # Ops on the GPU against the same references, and the golden model. Needs the driver; the rest it finds or names.
 test-cuda: build-cuda
 	@tools/test_cuda.sh build-cuda
+
+# Every operator and one workload against ceilings measured in the same run. On a GPU, after make build-cuda:
+#   make bench PITH=build-cuda/pith WORKLOAD=W2
+PITH ?= build/pith
+WORKLOAD ?= tiny
+bench: build
+	@$(PITH) bench ops
+	@$(PITH) bench train --workload $(WORKLOAD)
 
 # From an empty machine to a trained model and a sample of its writing, in minutes.
 demo: build/build.ninja

@@ -4,8 +4,11 @@
 
 #include <cmath>
 
+#include "core/file.h"
 #include "core/memory.h"
 #include "core/op.h"
+#include "core/value.h"
+#include "testing.h"
 
 namespace pith {
 namespace {
@@ -147,6 +150,41 @@ TEST_F(TapeTest, TheFirstParameterGradientOfAStepOverwrites) {
     Op op(tape, "probe", Loc::current(), {{"x", x}});
     EXPECT_EQ(op.accumulate(p).add, add);
   }
+}
+
+TEST(Timeline, SaysWhichKernelsStagesAndGapsTookTheTime) {
+  const TempDir dir;
+  const Loc at = Loc::current();
+  const std::vector<OpEvent> events = {{"norm", at, false, 0, 0, {}, "stage1", 3},
+                                       {"norm", at, true, 0, 0, {2e9, 3e6}, "stage1", 3}};
+  cuda::Timeline timeline;
+  const uint64_t ms = 1000000;
+  timeline.runs = {{"memcpy", 5 * ms, 6 * ms, cuda::kNoTag},
+                   {"kernel<int, 2>", 6 * ms, 8 * ms, 0},
+                   {"memset", 8 * ms, 9 * ms, cuda::kNoTag},  // counts to the stage before it
+                   {"kernel<int, 2>", 11 * ms, 15 * ms, 1}};
+  const std::string path = dir / "t.json", table = write_timeline(path, events, timeline);
+  EXPECT_EQ(read_file(path + ".csv"),
+            "kernel_name,total_time_ms,instances,mean_time_ms\n"
+            "\"kernel<int, 2> [norm backward]\",4.0000,1,4.00000\n"
+            "\"kernel<int, 2> [norm]\",2.0000,1,2.00000\n"
+            "\"memcpy\",1.0000,1,1.00000\n"
+            "\"memset\",1.0000,1,1.00000\n");
+  EXPECT_EQ(read_file(path + ".stages.csv"),
+            "stage,total_time_ms,instances,share\n"
+            "stage1 backward,4.0000,1,0.40000\n"
+            "stage1,3.0000,2,0.30000\n"
+            "idle,2.0000,0,0.20000\n"
+            "before the first op,1.0000,1,0.10000\n");
+  EXPECT_NE(table.find("stage1 backward"), std::string::npos);
+  const Value trace = parse_json(read_file(path), path);
+  const Value& last = trace.at("traceEvents").items().at(3);
+  EXPECT_EQ(last.at("ts").as_real(), 6000);
+  EXPECT_EQ(last.at("dur").as_real(), 4000);
+  EXPECT_EQ(last.at("args").json(),
+            fmt::format("{{\"op\":\"norm backward\",\"at\":\"{}\",\"stage\":\"stage1\","
+                        "\"layer\":3,\"gflop\":2.0,\"mb\":3.0}}",
+                        at.str()));
 }
 
 TEST(Tensor, ReshapeKeepsIdentityAndRowRangeDoesNot) {

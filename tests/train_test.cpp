@@ -8,8 +8,10 @@
 #include <chrono>
 #include <cmath>
 #include <filesystem>
+#include <map>
 #include <numeric>
 #include <random>
+#include <set>
 #include <thread>
 
 #include "core/file.h"
@@ -121,7 +123,27 @@ TEST(Train, WritesATimeline) {
   const Outcome o = run.train("x", "train.steps=3 profile.steps=[2] eval.every=1");
   ASSERT_EQ(o.code, 0) << o.err;
   const std::string path = run.path("x") + "/profile/step-00000002.json";
-  EXPECT_NE(parse_json(read_file(path), path).json().find("qwen3_moe.cpp:"), std::string::npos);
+  const Value trace = parse_json(read_file(path), path);
+  std::map<std::string, std::set<int64_t>> layers;  // by stage
+  for (const Value& event : trace.at("traceEvents").items()) {
+    const Value& args = event.at("args");
+    EXPECT_NE(args.at("at").as_string().find(".cpp:"), std::string::npos);
+    layers[args.at("stage").as_string()].insert(args.at("layer").as_int());
+  }
+  const std::set<int64_t> none = {-1}, both = {0, 1};
+  EXPECT_EQ(layers, (std::map<std::string, std::set<int64_t>>{{"embed", none},
+                                                              {"stage1_attention_router", both},
+                                                              {"stage3_experts", both},
+                                                              {"head", none},
+                                                              {"wgrad", both},
+                                                              {"optimizer", none}}));
+  EXPECT_TRUE(read_file(path + ".csv").starts_with("kernel_name,total_time_ms,instances,mean"));
+  const std::string stages = read_file(path + ".stages.csv");
+  EXPECT_TRUE(stages.starts_with("stage,total_time_ms,instances,share\n")) << stages;
+  for (const char* stage : {"embed", "embed backward", "stage1_attention_router backward",
+                            "stage3_experts", "head", "wgrad", "optimizer", "idle"})
+    EXPECT_NE(stages.find(std::string("\n") + stage + ","), std::string::npos) << stages;
+  EXPECT_NE(o.err.find("step 2, time by stage, in " + path + ".stages.csv"), std::string::npos);
   EXPECT_FALSE(std::filesystem::exists(run.path("x") + "/profile/step-00000003.json"));
 }
 

@@ -91,8 +91,8 @@ void check_training_and_round_trip(const Value& config, std::vector<Row>& rows) 
   RunConfig run;
   run.dtype = "fp32";
   run.optimizer.lr = 3e-3;
-  run.out = (std::filesystem::temp_directory_path() / "pith-check-XXXXXX").string();
-  if (!mkdtemp(run.out.data())) fail("no temporary directory {}", run.out);
+  const TemporaryDirectory out;
+  run.out = out.path;
   Optimizer optimizer(t.model->params, run, t.context);
   std::vector<double> losses;
   for (int64_t step = 1; step <= 20; ++step) {
@@ -111,7 +111,6 @@ void check_training_and_round_trip(const Value& config, std::vector<Row>& rows) 
     rows.push_back(exact("checkpoint round trip of " + p->name,
                          std::memcmp(p->value.raw(), back.raw(), back.nbytes()) == 0));
   }
-  std::filesystem::remove_all(run.out);
 }
 
 }  // namespace

@@ -32,6 +32,14 @@ struct Session {
 Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& labels, int64_t rows,
                int64_t first_position = 0);
 
+// A directory that lives as long as this.
+struct TemporaryDirectory {
+  std::string path;
+  TemporaryDirectory();
+  TemporaryDirectory(const TemporaryDirectory&) = delete;
+  ~TemporaryDirectory();
+};
+
 // input_ids and labels (B, S) int64 of a golden file as one batch on the cpu, with ids of `model`.
 Batch golden_batch(const Safetensors& golden, const std::string& model);
 
@@ -58,6 +66,16 @@ struct GenerateOptions : ModelArguments {
   double temperature = 0.8, top_p = 0.95;
 };
 void run_generate(const GenerateOptions& options);
+
+struct BenchOptions {
+  std::string workload, routing = "balanced", model, trace;  // of train
+  std::vector<std::string> overrides;
+  int64_t steps = 20, warmup = 5;
+  std::string filter;  // of ops
+  std::string device = "auto", dtype = "bf16", json;
+};
+void bench_train(const BenchOptions& options);
+void bench_ops(const BenchOptions& options);
 
 struct VerifyOptions : ModelArguments {
   std::string golden, tokenizer, cases, checkpoint, against;

@@ -98,12 +98,37 @@ static void add_model_commands(CLI::App& app) {
   d->callback([] { exit_code = run_doctor(); });
 }
 
+static void add_bench(CLI::App& app) {
+  static BenchOptions o;
+  CLI::App* b = app.add_subcommand("bench", "speed against ceilings measured in the same run");
+  b->require_subcommand(1);
+  CLI::App* t = b->add_subcommand("train", "training steps of a workload, on random tokens");
+  t->callback([] { bench_train(o); });
+  t->add_option("--workload", o.workload, "W1 ... W6 or tiny")->required();
+  t->add_option("--steps", o.steps, "to be timed")->check(CLI::Range(1, 100000));
+  t->add_option("--warmup", o.warmup, "before them")->check(CLI::Range(1, 100000));
+  t->add_option("--routing", o.routing, "balanced or real")
+      ->check(CLI::IsMember({"balanced", "real"}));
+  t->add_option("--model", o.model, "this Hugging Face directory in place of random weights");
+  t->add_option("--trace", o.trace, "timeline of one more step: FILE, FILE.csv, FILE.stages.csv");
+  t->add_option("overrides", o.overrides, "section.key=value ...");
+  CLI::App* p = b->add_subcommand("ops", "every operator, forward and backward");
+  p->callback([] { bench_ops(o); });
+  p->add_option("--filter", o.filter, "only operators with this in their name");
+  p->add_option("--dtype", o.dtype, "fp64, fp32 or bf16");
+  for (CLI::App* sub : {t, p}) {
+    sub->add_option("--device", o.device, "cpu, cuda or auto");
+    sub->add_option("--json", o.json, "file for the results");
+  }
+}
+
 static void run(int argc, char** argv) {
   CLI::App app("pith: trains Mixture-of-Experts language models", "pith");
   app.require_subcommand(1);
   app.option_defaults()->always_capture_default();
   add_data_and_training(app);
   add_model_commands(app);
+  add_bench(app);
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& help) {

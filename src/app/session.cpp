@@ -1,5 +1,9 @@
 // What several subcommands share: a model that runs, batches, and the table of a verdict.
 
+#include <unistd.h>
+
+#include <filesystem>
+
 #include "app/commands.h"
 
 namespace pith {
@@ -11,6 +15,15 @@ Session::Session(const ModelArguments& a, int64_t max_positions, int64_t micro_b
                        {context.dtype, context.device, training, max_positions})),
       pipeline(*model, context, {.micro_batch_size = micro_batch_size}) {
   if (config.is_null()) load_weights(model->params, a.model, model->ignored_when_reading);
+}
+
+TemporaryDirectory::TemporaryDirectory()
+    : path((std::filesystem::temp_directory_path() / "pith-XXXXXX").string()) {
+  if (!::mkdtemp(path.data())) fail("no temporary directory {}", path);
+}
+TemporaryDirectory::~TemporaryDirectory() {
+  std::error_code ignored;
+  std::filesystem::remove_all(path, ignored);
 }
 
 Batch batch_of(const std::vector<int32_t>& tokens, const std::vector<int32_t>& labels, int64_t rows,

@@ -109,8 +109,9 @@ void join_master(Tensor&, const Tensor&, const Tensor&) { refuse(); }
 void split_master(const Tensor&, const Tensor&, Tensor&) { refuse(); }
 void fill_normal(Tensor&, uint64_t, uint64_t, double) { refuse(); }
 void start_timeline() { refuse(); }
-void begin_tag(uint64_t) { refuse(); }
+void begin_tag(uint64_t, const char*) { refuse(); }
 void end_tag() { refuse(); }
+void enter_range(const std::string&) { refuse(); }
 Timeline stop_timeline() { refuse(); }
 void synchronize() { refuse(); }
 

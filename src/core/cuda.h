@@ -52,8 +52,10 @@ template <class F> F function(void* library, const char* name) {
   return reinterpret_cast<F>(find_function(library, name));
 }
 
-// What the GPU does between start and stop, through CUPTI. Work launched between begin_tag and
-// end_tag carries the tag. Both wait for the GPU.
+// What the GPU does between start and stop, through CUPTI, in order; both wait for the GPU. Work
+// launched between begin_tag and end_tag carries the tag. Nsight captures the same stretch
+// (cudaProfilerStart) with NVTX ranges: one for every tag, inside the one last entered. Where
+// another tool has CUPTI for itself nothing is recorded, with a warning.
 constexpr uint64_t kNoTag = UINT64_MAX;
 struct Timeline {
   struct Run {
@@ -61,11 +63,13 @@ struct Timeline {
     uint64_t begin_ns, end_ns, tag;
   };
   std::vector<Run> runs;
-  int64_t host_syncs = 0;
+  // How often the host waited for the GPU and launched another kernel after that; -1: not recorded.
+  int64_t host_syncs = -1;
 };
 void start_timeline();
-void begin_tag(uint64_t tag);
+void begin_tag(uint64_t tag, const char* range);
 void end_tag();
+void enter_range(const std::string& name);  // until the next one, or stop
 Timeline stop_timeline();
 
 }  // namespace pith::cuda

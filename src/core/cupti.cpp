@@ -1,8 +1,10 @@
 #ifdef PITH_CUDA
 // Kernel timelines through CUPTI's activity records. The library is loaded when one is asked for.
 
+#include <cuda_profiler_api.h>
 #include <cupti.h>
 #include <cxxabi.h>
+#include <nvtx3/nvToolsExt.h>
 
 #include <mutex>
 #include <unordered_map>
@@ -34,14 +36,13 @@ constexpr CUpti_ActivityKind kKinds[] = {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL,
                                          CUPTI_ACTIVITY_KIND_DRIVER,
                                          CUPTI_ACTIVITY_KIND_EXTERNAL_CORRELATION};
 
-void check(CUptiResult e) {
-  if (e != CUPTI_SUCCESS) fail("CUPTI: error {}", int(e));
-}
-
 // What was recorded since the start; CUPTI fills it from a thread of its own.
 std::mutex mutex;
 Timeline recorded;
 std::unordered_map<uint32_t, uint64_t> tag_of;  // by correlation
+std::vector<uint64_t> sync_ends;                // of the host's waits
+uint64_t last_kernel = 0;                       // when it began
+bool recording = false, in_range = false;
 
 void CUPTIAPI give_buffer(uint8_t** buffer, size_t* bytes, size_t* records) {
   *bytes = size_t(8) << 20;
@@ -74,6 +75,7 @@ void CUPTIAPI take_buffer(CUcontext, uint32_t, uint8_t* buffer, size_t, size_t u
       case CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL: {
         const auto* r = reinterpret_cast<const CUpti_ActivityKernel10*>(record);
         add(r, readable(r->name));
+        last_kernel = std::max(last_kernel, r->start);
         break;
       }
       case CUPTI_ACTIVITY_KIND_MEMCPY:
@@ -82,7 +84,12 @@ void CUPTIAPI take_buffer(CUcontext, uint32_t, uint8_t* buffer, size_t, size_t u
       case CUPTI_ACTIVITY_KIND_MEMSET:
         add(reinterpret_cast<const CUpti_ActivityMemset4*>(record), "memset");
         break;
-      case CUPTI_ACTIVITY_KIND_SYNCHRONIZATION: ++recorded.host_syncs; break;
+      case CUPTI_ACTIVITY_KIND_SYNCHRONIZATION: {
+        const auto* r = reinterpret_cast<const CUpti_ActivitySynchronization2*>(record);
+        if (r->type != CUPTI_ACTIVITY_SYNCHRONIZATION_TYPE_STREAM_WAIT_EVENT)  // the GPU's own
+          sync_ends.push_back(r->end);
+        break;
+      }
       case CUPTI_ACTIVITY_KIND_EXTERNAL_CORRELATION: {
         const auto* r = reinterpret_cast<const CUpti_ActivityExternalCorrelation*>(record);
         tag_of[r->correlationId] = r->externalId;
@@ -98,30 +105,50 @@ void CUPTIAPI take_buffer(CUcontext, uint32_t, uint8_t* buffer, size_t, size_t u
 
 void start_timeline() {
   synchronize();
-  check(cupti().cuptiActivityRegisterCallbacks(give_buffer, take_buffer));
-  for (const CUpti_ActivityKind kind : kKinds) check(cupti().cuptiActivityEnable(kind));
+  cudaProfilerStart();
+  CUptiResult e = cupti().cuptiActivityRegisterCallbacks(give_buffer, take_buffer);
+  for (const CUpti_ActivityKind kind : kKinds)
+    if (e == CUPTI_SUCCESS) e = cupti().cuptiActivityEnable(kind);
+  recording = e == CUPTI_SUCCESS;
+  if (!recording)
+    warn_once(fmt::format("no kernel timeline: CUPTI fails with {} (another profiler?)", int(e)));
 }
 
-void begin_tag(uint64_t tag) {
-  check(
-      cupti().cuptiActivityPushExternalCorrelationId(CUPTI_EXTERNAL_CORRELATION_KIND_CUSTOM0, tag));
+void begin_tag(uint64_t tag, const char* range) {
+  nvtxRangePushA(range);
+  if (recording)
+    cupti().cuptiActivityPushExternalCorrelationId(CUPTI_EXTERNAL_CORRELATION_KIND_CUSTOM0, tag);
 }
 void end_tag() {
   uint64_t tag = 0;
-  check(
-      cupti().cuptiActivityPopExternalCorrelationId(CUPTI_EXTERNAL_CORRELATION_KIND_CUSTOM0, &tag));
+  nvtxRangePop();
+  if (recording)
+    cupti().cuptiActivityPopExternalCorrelationId(CUPTI_EXTERNAL_CORRELATION_KIND_CUSTOM0, &tag);
+}
+
+void enter_range(const std::string& name) {
+  if (std::exchange(in_range, true)) nvtxRangePop();
+  nvtxRangePushA(name.c_str());
 }
 
 Timeline stop_timeline() {
   synchronize();
-  for (const CUpti_ActivityKind kind : kKinds) check(cupti().cuptiActivityDisable(kind));
-  check(cupti().cuptiActivityFlushAll(0));
+  if (std::exchange(in_range, false)) nvtxRangePop();
+  cudaProfilerStop();
+  if (!std::exchange(recording, false)) return {};
+  for (const CUpti_ActivityKind kind : kKinds) cupti().cuptiActivityDisable(kind);
+  cupti().cuptiActivityFlushAll(0);
   const std::lock_guard lock(mutex);
   for (Timeline::Run& run : recorded.runs) {
     const auto found = tag_of.find(uint32_t(run.tag));
     run.tag = found == tag_of.end() ? kNoTag : found->second;
   }
+  std::ranges::sort(recorded.runs, {}, &Timeline::Run::begin_ns);
+  recorded.host_syncs =
+      std::ranges::count_if(sync_ends, [](uint64_t end) { return end < last_kernel; });
   tag_of.clear();
+  sync_ends.clear();
+  last_kernel = 0;
   return std::exchange(recorded, {});
 }
 

@@ -66,7 +66,7 @@ void Op::run(Cost cost, const std::function<void()>& cpu, const OnGpu& gpu) {
   if (c.device == Device::meta) return;
   const double begin = omp_get_wtime();
   const bool tagged = c.timeline && c.device == Device::cuda;
-  if (tagged) cuda::begin_tag(c.timeline->size());
+  if (tagged) cuda::begin_tag(c.timeline->size(), name_);
   try {
     if (c.device == Device::cpu)
       cpu();
@@ -78,7 +78,8 @@ void Op::run(Cost cost, const std::function<void()>& cpu, const OnGpu& gpu) {
     reject(e.what());
   }
   if (tagged) cuda::end_tag();
-  if (c.timeline) c.timeline->push_back({name_, at_, backward_, begin, omp_get_wtime(), cost});
+  if (c.timeline)
+    c.timeline->push_back({name_, at_, backward_, begin, omp_get_wtime(), cost, c.stage, c.layer});
   if (!backward_) check_written();
 }
 

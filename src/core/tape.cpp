@@ -57,48 +57,82 @@ void Tape::backward() {
   evict();
 }
 
-void write_chrome_trace(const std::string& path, const std::vector<OpEvent>& events) {
-  std::string out = "{\"traceEvents\":[\n";
-  for (const OpEvent& e : events)
-    out += fmt::format(
-        "{}{{\"name\":\"{}{}\",\"ph\":\"X\",\"pid\":0,\"tid\":0,\"ts\":{:.3f},\"dur\":{:.3f},"
-        "\"args\":{{\"at\":\"{}\",\"gflop\":{:.6f},\"mb\":{:.6f}}}}}",
-        &e == events.data() ? "" : ",\n", e.name, e.backward ? " backward" : "",
-        (e.begin - events.front().begin) * 1e6, (e.end - e.begin) * 1e6, e.at.str(),
-        e.cost.flops / 1e9, e.cost.bytes / 1e6);
-  write_file_atomic(path, out + "\n]}\n");
+void Context::enter(const char* new_stage, int64_t new_layer) {
+  stage = new_stage;
+  layer = new_layer;
+  if (timeline && device == Device::cuda)
+    cuda::enter_range(layer < 0 ? stage : fmt::format("{} L{:02}", stage, layer));
 }
 
-void write_kernel_trace(const std::string& path, const std::vector<OpEvent>& events,
-                        const cuda::Timeline& timeline) {
-  std::string out = "{\"traceEvents\":[\n";
-  std::map<std::string, std::pair<double, int64_t>> totals;  // ms and instances
-  const uint64_t start = timeline.runs.empty() ? 0 : timeline.runs.front().begin_ns;
-  for (const auto& run : timeline.runs) {
-    const bool known = run.tag < events.size();
-    const std::string op = known ? fmt::format("{}{}", events[run.tag].name,
-                                               events[run.tag].backward ? " backward" : "")
-                                 : "";
+static std::string label(const char* name, bool backward) {
+  return std::string(name) + (backward ? " backward" : "");
+}
+
+struct Total {
+  double ms = 0;
+  int64_t instances = 0;
+};
+using Totals = std::map<std::string, Total>;
+
+static auto heaviest_first(const Totals& totals) {
+  std::vector<std::pair<std::string, Total>> sorted(totals.begin(), totals.end());
+  std::ranges::stable_sort(sorted, std::greater(), [](const auto& t) { return t.second.ms; });
+  return sorted;
+}
+
+std::string write_timeline(const std::string& path, const std::vector<OpEvent>& events,
+                           cuda::Timeline timeline) {
+  auto& runs = timeline.runs;
+  if (runs.empty())
+    for (const OpEvent& e : events) {
+      const auto ns = [&](double time) { return uint64_t((time - events[0].begin) * 1e9); };
+      runs.push_back(
+          {label(e.name, e.backward), ns(e.begin), ns(e.end), uint64_t(&e - events.data())});
+    }
+  std::string trace;
+  Totals kernels, stages;
+  double busy_ms = 0;
+  const OpEvent* of = nullptr;  // what lies between two ops counts to the stage of the first
+  for (const auto& run : runs) {
+    const bool tagged = run.tag < events.size();
+    if (tagged) of = &events[run.tag];
+    const std::string op = tagged ? label(of->name, of->backward) : "";
     const double ms = double(run.end_ns - run.begin_ns) / 1e6;
-    out += fmt::format(
-        "{}{{\"name\":{},\"ph\":\"X\",\"pid\":0,\"tid\":0,\"ts\":{:.3f},\"dur\":{:.3f},"
-        "\"args\":{{\"op\":\"{}\",\"at\":\"{}\"}}}}",
-        &run == timeline.runs.data() ? "" : ",\n", Value(run.name).json(),
-        (double(run.begin_ns) - double(start)) / 1e3, ms * 1e3, op,
-        known ? events[run.tag].at.str() : "");
-    auto& [total, count] = totals[run.name + (known ? " [" + op + "]" : "")];
-    total += ms;
-    ++count;
+    trace +=
+        fmt::format("{}{{\"name\":{},\"ph\":\"X\",\"pid\":0,\"tid\":0,\"ts\":{:.3f},\"dur\":{:.3f}",
+                    trace.empty() ? "" : ",\n", Value(run.name).json(),
+                    double(run.begin_ns - runs[0].begin_ns) / 1e3, ms * 1e3);
+    if (of)
+      trace += fmt::format(
+          ",\"args\":{{\"op\":\"{}\",\"at\":\"{}\",\"stage\":\"{}\",\"layer\":{},\"gflop\":{:.6f},"
+          "\"mb\":{:.6f}}}",
+          op, tagged ? of->at.str() : "", of->stage, of->layer, of->cost.flops / 1e9,
+          of->cost.bytes / 1e6);
+    trace += "}";
+    for (Total* total : {&kernels[run.name + (tagged && op != run.name ? " [" + op + "]" : "")],
+                         &stages[of ? label(of->stage, of->backward) : "before the first op"]}) {
+      total->ms += ms;
+      ++total->instances;
+    }
+    busy_ms += ms;
   }
-  write_file_atomic(path, out + "\n]}\n");
-  std::vector<std::pair<std::pair<double, int64_t>, std::string>> heaviest;
-  for (const auto& [name, total] : totals) heaviest.push_back({total, name});
-  std::sort(heaviest.rbegin(), heaviest.rend());
+  const double span_ms = runs.empty() ? 0 : double(runs.back().end_ns - runs[0].begin_ns) / 1e6;
+  stages["idle"].ms = span_ms - busy_ms;
+
   std::string csv = "kernel_name,total_time_ms,instances,mean_time_ms\n";
-  for (const auto& [total, name] : heaviest)
-    csv += fmt::format("{},{:.4f},{},{:.5f}\n", Value(name).json(), total.first, total.second,
-                       total.first / double(total.second));
+  for (const auto& [name, total] : heaviest_first(kernels))
+    csv += fmt::format("{},{:.4f},{},{:.5f}\n", Value(name).json(), total.ms, total.instances,
+                       total.ms / double(total.instances));
+  std::string stages_csv = "stage,total_time_ms,instances,share\n", table;
+  for (const auto& [name, total] : heaviest_first(stages)) {
+    const double share = span_ms > 0 ? total.ms / span_ms : 0;
+    stages_csv += fmt::format("{},{:.4f},{},{:.5f}\n", name, total.ms, total.instances, share);
+    table += fmt::format("  {:<34} {:>10.3f} ms {:>6.1f}%\n", name, total.ms, 100 * share);
+  }
+  write_file_atomic(path, "{\"traceEvents\":[\n" + trace + "\n]}\n");
   write_file_atomic(path + ".csv", csv);
+  write_file_atomic(path + ".stages.csv", stages_csv);
+  return table;
 }
 
 }  // namespace pith

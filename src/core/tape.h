@@ -26,14 +26,16 @@ struct OpEvent {  // one run of one op, for the timeline
   bool backward;
   double begin, end;  // seconds, of one clock
   Cost cost;
+  const char* stage;  // see Context::enter
+  int64_t layer;
 };
-// Writes events as a Chrome trace (chrome://tracing, Perfetto): name, source line, FLOPs and bytes
-// of every run.
-void write_chrome_trace(const std::string& path, const std::vector<OpEvent>& events);
-// The same of a GPU, from the runs that events are the tags of; and PATH.csv, the heaviest kernels:
-// kernel_name,total_time_ms,instances,mean_time_ms.
-void write_kernel_trace(const std::string& path, const std::vector<OpEvent>& events,
-                        const cuda::Timeline& timeline);
+// Writes a step as a Chrome trace (chrome://tracing, Perfetto): every run on the GPU, whose tags
+// are indices of `events`, or without one every op, with its op, source line, stage, layer, FLOPs
+// and bytes. Beside it PATH.csv, the heaviest kernels (or ops):
+// kernel_name,total_time_ms,instances,mean_time_ms; and PATH.stages.csv, the time of each stage:
+// stage,total_time_ms,instances,share. Returns the latter as a table.
+std::string write_timeline(const std::string& path, const std::vector<OpEvent>& events,
+                           cuda::Timeline timeline = {});
 
 // What is computed again in the backward instead of being kept: outputs of norms, SwiGLU and the
 // gather into expert order as far as only weight gradients read them, or all of stage 1.
@@ -50,6 +52,12 @@ struct Context {
   Recompute recompute = {};
   Cost total;  // since the owner last cleared it
   std::vector<OpEvent>* timeline = nullptr;
+
+  // Where the step is now, for the timeline and Nsight: "stage3_experts" (a literal) and its decoder
+  // layer, -1 for none.
+  void enter(const char* new_stage, int64_t new_layer = -1);
+  const char* stage = "";
+  int64_t layer = -1;
 };
 
 // A deferred weight gradient: grad(param) += dy^T x, for grouped linears expert by expert. It is

@@ -68,6 +68,7 @@ Optimizer::Optimizer(ParamSet& params, const RunConfig& run, Context& context)
 }
 
 void Optimizer::update(double lr, int64_t step, double labels) {
+  context_.enter("optimizer");
   Tape tape(context_, false);
   std::vector<Tensor> grads;
   for (const auto& p : params_) {

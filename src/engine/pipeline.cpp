@@ -72,12 +72,14 @@ void Pipeline::forward_layer(Record& r, int64_t layer) {
   const bool again = context_.recompute.stage1 && l.stage1.recording();
   Tape once(context_, false);
   leaf(l.stage1, l.in);
+  context_.enter("stage1_attention_router", layer);
   l.s1 = model_.stage1_attention_router(again ? once : l.stage1, layer, l.in, r.mb);
   Tensor combined;
   if (l.s1.rows) {
     l.received = stage2_dispatch(l.s1);
     l.stage3.leaf(l.received.rows);
     l.stage3.leaf(l.received.weights);
+    context_.enter("stage3_experts", layer);
     l.sums = model_.stage3_experts(l.stage3, layer, l.received);
     combined = stage4_combine(l.sums);
   }
@@ -103,6 +105,7 @@ Pipeline::Record Pipeline::forward(const MicroBatch& mb, WgradQueue* queue) {
   Record r{tape(), tape(), mb};
   static_cast<Batch&>(r.mb) = on_device(mb, context_.device);
   for (Tensor& ids : r.mb.replay) ids = ids.on(context_.device);
+  context_.enter("embed");
   r.embedded = r.last = model_.embed(r.embed, r.mb);
   for (int64_t layer = 0; layer < model_.size.layers; ++layer) {
     if (!queue) r.layers.clear();
@@ -110,6 +113,7 @@ Pipeline::Record Pipeline::forward(const MicroBatch& mb, WgradQueue* queue) {
     forward_layer(r, layer);
   }
   leaf(r.head, r.last);
+  context_.enter("head");
   return r;
 }
 
@@ -122,9 +126,11 @@ Carry Pipeline::backward_layer(Record& r, int64_t layer, Carry d_out) {
   LayerRecord& l = r.layers[layer];
   const bool moe = bool(l.s1.rows);
   if (moe) {
+    context_.enter("stage3_experts", layer);
     l.stage3.set_grad(std::exchange(l.sums, {}), std::exchange(d_out.delta, {}));
     l.stage3.backward();
   }
+  context_.enter("stage1_attention_router", layer);
   if (context_.recompute.stage1) repeat_stage1(r, layer);
   l.stage1.set_grad(l.s1.residual, d_out.hidden);
   for (size_t i = 0; i < l.in.extra.size(); ++i) l.stage1.set_grad(l.in.extra[i], d_out.extra[i]);
@@ -150,6 +156,7 @@ void Pipeline::backward(Record& r) {
     r.layers.pop_back();
     if (train_.wgrad_micro_batches == 1) flush();
   }
+  context_.enter("embed");
   r.embed.set_grad(r.embedded.hidden, d.hidden);
   r.embed.backward();
 }
@@ -157,6 +164,7 @@ void Pipeline::backward(Record& r) {
 void Pipeline::flush() {
   std::vector<WgradQueue*> queues;
   for (WgradQueue& q : queues_) queues.push_back(&q);
+  context_.enter("wgrad", context_.layer);
   flush_wgrads(context_, queues);
 }
 

@@ -133,10 +133,10 @@ struct Trainer {
     if (context.timeline) {
       make_directory(run.out + "/profile");
       const std::string file = fmt::format("{}/profile/step-{:08d}.json", run.out, step);
-      if (device == Device::cuda)
-        write_kernel_trace(file, events, cuda::stop_timeline());
-      else
-        write_chrome_trace(file, events);
+      const bool gpu = device == Device::cuda;
+      const std::string stages =
+          write_timeline(file, events, gpu ? cuda::stop_timeline() : cuda::Timeline());
+      say(stderr, fmt::format("step {}, time by stage, in {}.stages.csv\n{}", step, file, stages));
       context.timeline = nullptr;  // `events` ends here, validation may follow
     }
 
