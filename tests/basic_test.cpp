@@ -11,7 +11,9 @@ namespace {
 using Vec = std::vector<double>;
 using Vecs = std::vector<Vec>;
 
-Tensor ints(Shape shape, const std::vector<int32_t>& v) { return Tensor::of<int32_t>(shape, v).on(test_device()); }
+Tensor ints(Shape shape, const std::vector<int32_t>& v) {
+  return Tensor::of<int32_t>(shape, v).on(test_device());
+}
 
 // A case without parameters.
 template <class Run, class Reference>
@@ -298,7 +300,7 @@ TEST(Basic, bad_arguments_name_the_line) {
          }),
          "one size");
   expect(error_of([&] {
-           gather_cols(tape, x, ints({3, 1}, {0, 5, 1}));
+           gather_cols(tape, x, Tensor::of<int32_t>({3, 1}, std::vector<int32_t>{0, 5, 1}));
          }),
          "index 5 is outside 5 columns");
 }

@@ -58,7 +58,7 @@ class Op {
               return gpu(s);
           }));
     else
-      run(cost, cpu, nullptr);
+      run(cost, cpu, OnGpu());
   }
 
   // Appends the closure that computes input gradients; dropped unless the tape records. It is

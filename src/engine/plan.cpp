@@ -34,8 +34,10 @@ static std::string peak_table(size_t peak) {
 
 Plan make_plan(const RunConfig& run) {
   memory::reset_peak(Device::meta);
-  Context context{
-      .device = Device::meta, .planned = parse_device(run.device), .dtype = parse_dtype(run.dtype)};
+  Context context{.device = Device::meta,
+                  .planned = parse_device(run.device),
+                  .dtype = parse_dtype(run.dtype),
+                  .deterministic = run.deterministic};
   const auto model = make_model(read_model_config(run.model), model_options(run, Device::meta));
   Optimizer optimizer(model->params, run, context);
   const size_t static_bytes = memory::live(Device::meta);

@@ -60,8 +60,10 @@ void require_empty(const std::string& out) {
 struct Trainer {
   const RunConfig& run;
   Device device = parse_device(run.device);
-  Context context = {
-      .device = device, .dtype = parse_dtype(run.dtype), .check_finite = run.debug.check_finite};
+  Context context = {.device = device,
+                     .dtype = parse_dtype(run.dtype),
+                     .check_finite = run.debug.check_finite,
+                     .deterministic = run.deterministic};
   std::unique_ptr<Model> model =
       make_model(read_model_config(run.model), model_options(run, device));
   Optimizer optimizer = {model->params, run, context};

@@ -345,7 +345,8 @@ Tensor attention(Tape& tape, const Tensor& qkv, const AttentionShape& shape, flo
       return op.run(
           cost, [] {},
           [&](auto stream) {
-            cuda::attention_backward(qkv, shape, scale, n.window, y, lse, dy, d.tensor, stream);
+            cuda::attention_backward(qkv, shape, scale, n.window, y, lse, dy, d.tensor,
+                                     op.context().deterministic, stream);
           });
     const Shape parts{n.kv_count(), n.parts(), n.keys, shape.head_dim};
     Tensor d_keys = op.workspace("attention_d_keys", parts, lse.dtype());
