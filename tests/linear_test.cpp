@@ -27,7 +27,7 @@ TEST(Linear, MatchesReferenceAndDifferences) {
   };
   for (const Size& s :
        {Size{7, 13, 5}, Size{1, 1, 1}, Size{1, 33, 16}, Size{65, 1, 7}, Size{33, 70, 1},
-        Size{3, 200, 40}, Size{0, 13, 5}, Size{127, 72, 40}, Size{129, 264, 8}, Size{300, 24, 16}})
+        Size{3, 200, 40}, Size{0, 13, 5}, Size{127, 24, 40}, Size{129, 264, 8}, Size{300, 24, 16}})
     for (const bool with_bias : {false, true})
       for (const bool wide : {false, true}) {
         OpCase c;

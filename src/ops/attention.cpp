@@ -341,13 +341,19 @@ Tensor attention(Tape& tape, const Tensor& qkv, const AttentionShape& shape, flo
     auto d = op.accumulate(qkv);
     if (!d) return;
     const Cost cost{.flops = 2.5 * n.flops(), .bytes = 2.0 * (qkv.nbytes() + y.nbytes())};
-    if (on_gpu && !d.add)
-      return op.run(
+    if (on_gpu && op.context().deterministic && op.context().device == Device::meta)
+      op.workspace("attention_scores", {shape.batch, shape.heads, n.keys, n.keys}, DType::bf16);
+    if (on_gpu) {
+      Tensor to = d.add ? op.workspace("attention_dx", qkv.shape(), qkv.dtype()) : d.tensor;
+      op.run(
           cost, [] {},
           [&](auto stream) {
-            cuda::attention_backward(qkv, shape, scale, n.window, y, lse, dy, d.tensor,
+            cuda::attention_backward(qkv, shape, scale, n.window, y, lse, dy, to,
                                      op.context().deterministic, stream);
           });
+      if (d.add) d.tensor.add(to);
+      return;
+    }
     const Shape parts{n.kv_count(), n.parts(), n.keys, shape.head_dim};
     Tensor d_keys = op.workspace("attention_d_keys", parts, lse.dtype());
     Tensor d_values = op.workspace("attention_d_values", parts, lse.dtype());
