@@ -15,8 +15,10 @@ mkdir -p "$work"
 awk 'function random(n) { seed = seed * 16807 % 2147483647; return int(seed / 2147483647 * n) }
   BEGIN {
     seed = 20260101
-    split("ba ce di fo gu la me ni po ru sa te vi wo zu", part, " ")
-    for (i = 0; i < 3000; ++i) for (n = 1 + random(3); n >= 0; --n) word[i] = word[i] part[1 + random(15)]
+    consonants = "bcdfghjklmnpqrstvwxz"
+    for (i = 0; i < 3000; ++i)
+      for (n = random(2); n >= 0; --n)
+        word[i] = word[i] substr(consonants, 1 + random(20), 1) substr("aeiou", 1 + random(5), 1)
     for (i = 0; i < 250000; ++i) {
       now = random(3) ? int(3000 ^ (random(1000000) / 1000000)) - 1 : (before * 7 + random(3)) % 3000
       printf "%s%s", word[now], random(12) ? " " : ".\n"

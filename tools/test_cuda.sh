@@ -34,14 +34,16 @@ skip() {
   echo "SKIP $1: $2"
 }
 
-on_gpu() {
-  PITH_TEST_DEVICE=cuda "$@"
-}
 # tests FILTER [COMMAND THAT RUNS A PROGRAM...]
 tests() {
-  local filter=$1
+  local filter=$1 names
   shift
-  on_gpu "$@" "$programs/pith_tests" --gtest_brief=1 --gtest_filter="$filter"
+  PITH_TEST_DEVICE=cuda "$@" "$programs/pith_tests" --gtest_brief=1 --gtest_filter="$filter" >"$work/tests" 2>&1 &&
+    cat "$work/tests" && return
+  cat "$work/tests"
+  names=$(grep -oP '^\[  FAILED  \] \K\S+(?= \()' "$work/tests" | tr '\n' ' ')
+  echo "failed: ${names:-the program itself}"
+  return 1
 }
 golden_model() {
   "$programs/pith" verify --model "$golden/qwen3_moe" --golden "$golden/qwen3_moe/golden.safetensors" --device cuda \
