@@ -107,8 +107,9 @@ void multiply(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const
               const void* b, DType in, const Scaled& scaled, void* d, DType out, int64_t batch,
               Stream stream) {
   static std::map<Key, Plan> plans;
-  // Rows of a matrix may begin anywhere; what is aligned to 16 bytes is aligned enough for all.
-  const uintptr_t bits = uintptr_t(a) | uintptr_t(b) | uintptr_t(scaled.c) | uintptr_t(d);
+  // Rows and matrices of a batch may begin anywhere; what is aligned to 16 bytes is aligned enough for all.
+  uintptr_t bits = uintptr_t(a) | uintptr_t(b) | uintptr_t(scaled.c) | uintptr_t(d);
+  if (batch > 1) bits |= uintptr_t(m * k | k * n | m * n) * sizeof(float);
   const uint32_t alignment = bits % 16 == 0 ? 256 : uint32_t(bits & -bits);
   const Key key{trans_a, trans_b, m, n, k, in, out, batch, alignment};
   auto it = plans.find(key);
