@@ -23,7 +23,8 @@ setup-cuda: setup
 bundle: build-cuda
 	@tools/bundle.sh build-cuda/pith build-cuda/pith_tests bundle
 
-# Ops on the GPU against the same references, and the golden model. Needs the driver; the rest it finds or names.
+# Ops on the GPU against the same references, the golden model, a loss curve beside the CPU's, the same bits twice, and
+# memcheck. Needs the driver; the rest it finds or names.
 test-cuda: build-cuda
 	@tools/test_cuda.sh build-cuda
 

@@ -91,6 +91,12 @@ TEST(Attention, shapes) {
   check_attention({.batch = 1, .sequence = 150, .heads = 3, .kv_heads = 1, .head_dim = 33});
   check_attention({.batch = 1, .sequence = 97, .heads = 2, .kv_heads = 1, .head_dim = 128});
   check_attention({.batch = 17, .sequence = 9, .heads = 2, .kv_heads = 1, .head_dim = 8});
+  check_attention({.batch = 2, .sequence = 1, .heads = 4, .kv_heads = 2, .head_dim = 64});
+  check_attention({.batch = 1, .sequence = 127, .heads = 3, .kv_heads = 1, .head_dim = 64});
+  check_attention({.batch = 2, .sequence = 65, .heads = 3, .kv_heads = 3, .head_dim = 96});
+  check_attention({.batch = 1, .sequence = 129, .heads = 3, .kv_heads = 1, .head_dim = 128});
+  check_attention({.batch = 1, .sequence = 66, .heads = 2, .kv_heads = 1, .head_dim = 256});
+  check_attention({.batch = 1, .sequence = 300, .heads = 1, .kv_heads = 1, .head_dim = 64});
 }
 
 TEST(Attention, windows) {
@@ -99,6 +105,8 @@ TEST(Attention, windows) {
       .batch = 1, .sequence = 200, .heads = 2, .kv_heads = 1, .head_dim = 16};
   for (int64_t window : {1, 2, 8, 9, 100}) check_attention(small, window);
   for (int64_t window : {1, 3, 64, 70}) check_attention(large, window);
+  const AttentionShape wide{.batch = 1, .sequence = 150, .heads = 3, .kv_heads = 1, .head_dim = 64};
+  for (int64_t window : {64, 129}) check_attention(wide, window);
 }
 
 TEST(Attention, documents) {
@@ -148,7 +156,7 @@ TEST(Attention, a_query_that_sees_nothing_gets_zeros) {
   Tape tape(context);
   const Tensor x = random_qkv(s, DType::f32);
   tape.leaf(x);
-  const Tensor y = attention(tape, x, s, 1, ints({0, 2, 0}));
+  const Tensor y = attention(tape, x, s, 1, ints({0, 2, 0}, Device::cpu));
   EXPECT_EQ(y.to_vector<double>()[2], 0);
   tape.set_grad(y, y.clone("g"));
   tape.backward();
@@ -184,20 +192,38 @@ TEST(Attention, same_bits_for_any_number_of_threads) {
 }
 
 TEST(Attention, adds_to_a_gradient_that_is_there) {
-  const AttentionShape s{.batch = 1, .sequence = 5, .heads = 4, .kv_heads = 2, .head_dim = 3};
-  Context context;
-  const Tensor x = random_qkv(s, DType::f64);
+  const AttentionShape s{.batch = 1, .sequence = 5, .heads = 4, .kv_heads = 2, .head_dim = 8};
+  for (const auto& [dtype, error] : {std::pair{DType::f64, 1e-12}, {DType::bf16, 0.1}}) {
+    Context context{.device = test_device(), .dtype = dtype};
+    const Tensor x = random_qkv(s, dtype).on(context.device);
+    Vec grads[2];
+    for (int uses : {1, 2}) {
+      Tape tape(context);
+      tape.leaf(x);
+      std::vector<Tensor> y;
+      for (int i = 0; i < uses; ++i) y.push_back(attention(tape, x, s, 1));
+      for (const Tensor& t : y) tape.set_grad(t, t.clone("g"));
+      tape.backward();
+      grads[uses - 1] = tape.take_grad(x).to_vector<double>();
+    }
+    for (size_t i = 0; i < grads[0].size(); ++i) EXPECT_NEAR(2 * grads[0][i], grads[1][i], error);
+  }
+}
+
+TEST(Attention, deterministic_gives_the_same_bits) {
+  const AttentionShape s{.batch = 2, .sequence = 600, .heads = 4, .kv_heads = 2, .head_dim = 64};
+  Context context{.device = test_device(), .dtype = DType::bf16, .deterministic = true};
+  const Tensor x = random_qkv(s, DType::bf16).on(context.device);
   Vec grads[2];
-  for (int uses : {1, 2}) {
+  for (Vec& grad : grads) {
     Tape tape(context);
     tape.leaf(x);
-    std::vector<Tensor> y;
-    for (int i = 0; i < uses; ++i) y.push_back(attention(tape, x, s, 1));
-    for (const Tensor& t : y) tape.set_grad(t, t.clone("g"));
+    const Tensor y = attention(tape, x, s, 0.125f);
+    tape.set_grad(y, y.clone("g"));
     tape.backward();
-    grads[uses - 1] = tape.take_grad(x).to_vector<double>();
+    grad = tape.take_grad(x).to_vector<double>();
   }
-  for (size_t i = 0; i < grads[0].size(); ++i) EXPECT_NEAR(2 * grads[0][i], grads[1][i], 1e-12);
+  EXPECT_EQ(grads[0], grads[1]);
 }
 
 TEST(Attention, counts_visible_pairs) {
@@ -264,15 +290,15 @@ TEST(Attention, refuses_bad_arguments) {
   EXPECT_THROW(attention(tape, x, odd, 1), Error);
   EXPECT_THROW(attention(tape, x.row_range(0, 3), s, 1), Error);
   EXPECT_THROW(attention(tape, x, s, 1, {}, -1), Error);
-  EXPECT_THROW(attention(tape, x, s, 1, ints({0, 0, 0})), Error);
+  EXPECT_THROW(attention(tape, x, s, 1, ints({0, 0, 0}, Device::cpu)), Error);
   EXPECT_THROW(attention(tape, x, s, 1, Tensor::zeros({4}, DType::f32, Device::cpu, "d")), Error);
 }
 
 TEST(Attention, empty_batch) {
-  Context context;
+  Context context{.device = test_device(), .dtype = DType::bf16};
   Tape tape(context);
   const AttentionShape s{.batch = 0, .sequence = 4, .heads = 4, .kv_heads = 2, .head_dim = 8};
-  const Tensor x({0, s.width()}, DType::f32, Device::cpu, "qkv");
+  const Tensor x({0, s.width()}, DType::bf16, context.device, "qkv");
   tape.leaf(x);
   const Tensor y = attention(tape, x, s, 1);
   tape.set_grad(y, y.clone("g"));
@@ -365,7 +391,34 @@ TEST(QkNormRope, op) {
        true,
        {1, 2}},
   };
-  for (const RopeCase& r : cases) {
+  std::vector<RopeCase> all(std::begin(cases), std::end(cases));
+  // Heads as models have them: whole, partly and not at all rotated; odd counts of heads.
+  for (const auto& [dim, rotary] : {std::pair<int64_t, int64_t>{64, 64},
+                                    {64, 16},
+                                    {96, 96},
+                                    {96, 24},
+                                    {128, 128},
+                                    {128, 64},
+                                    {256, 256},
+                                    {256, 64},
+                                    {64, 0}})
+    for (const bool norms : {false, true}) {
+      RopeCase r{{.batch = 3, .sequence = 3, .heads = 3, .kv_heads = 1, .head_dim = dim},
+                 rotary,
+                 norms,
+                 norms,
+                 {0, 1, 2, 5, 6, 7, 1, 1, 0}};
+      all.push_back(r);
+    }
+  all.push_back({{.batch = 1, .sequence = 129, .heads = 5, .kv_heads = 5, .head_dim = 24},
+                 8,
+                 true,
+                 true,
+                 {}});
+  for (int32_t i = 0; i < 129; ++i) all.back().positions.push_back(i % 8);
+  all.push_back(
+      {{.batch = 0, .sequence = 4, .heads = 2, .kv_heads = 1, .head_dim = 64}, 64, true, true, {}});
+  for (const RopeCase& r : all) {
     OpCase c;
     c.name = fmt::format("qk_norm_rope {} rotary {} norms {} {}", describe(r.shape), r.rotary,
                          r.q_norm, r.k_norm);
@@ -418,18 +471,19 @@ TEST(QkNormRope, refuses_bad_arguments) {
     return std::string();
   };
   const RopeTable table = rope_table(tape, 8, 4, DType::f32);
-  EXPECT_EQ(run(table, ints({0, 7})), "");
-  const std::string outside = run(table, ints({0, 8}));
+  const auto at = [](const std::vector<int32_t>& v) { return ints(v, Device::cpu); };
+  EXPECT_EQ(run(table, at({0, 7})), "");
+  const std::string outside = run(table, at({0, 8}));
   EXPECT_NE(outside.find("position 8 is outside the rotary tables of 8"), std::string::npos)
       << outside;
   EXPECT_EQ(outside.find("attention_test.cpp:"), 0u) << outside;
-  EXPECT_NE(run(table, ints({-1, 0})).find("position -1"), std::string::npos);
-  EXPECT_NE(run(rope_table(tape, 8, 6, DType::f32), ints({0, 1})),
+  EXPECT_NE(run(table, at({-1, 0})).find("position -1"), std::string::npos);
+  EXPECT_NE(run(rope_table(tape, 8, 6, DType::f32), at({0, 1})),
             "");  // more channels than the head
-  EXPECT_NE(run(rope_table(tape, 8, 4, DType::f64), ints({0, 1})), "");  // fp64 tables for fp32
-  EXPECT_NE(run(table, ints({0, 1, 2})), "");
+  EXPECT_NE(run(rope_table(tape, 8, 4, DType::f64), at({0, 1})), "");  // fp64 tables for fp32
+  EXPECT_NE(run(table, at({0, 1, 2})), "");
   const auto wrong = make_param("w", {5}, DType::f32);
-  EXPECT_NE(run(table, ints({0, 1}), wrong.get()), "");
+  EXPECT_NE(run(table, at({0, 1}), wrong.get()), "");
 }
 
 }  // namespace

@@ -295,7 +295,7 @@ TEST(Basic, bad_arguments_name_the_line) {
          }),
          "as many columns");
   expect(error_of([&] {
-           gather_cols(tape, x, ints({3, 1}, {0, 5, 1}));
+           gather_cols(tape, x, Tensor::of<int32_t>({3, 1}, std::vector<int32_t>{0, 5, 1}));
          }),
          "index 5 is outside 5 columns");
 }

@@ -25,6 +25,13 @@ struct Routed {
   Ids ids;
 };
 
+// Ids of all experts and of nobody.
+Routed random_routing(const char* name, int64_t rows, int64_t slots, int64_t experts) {
+  Routed r{name, rows, slots, experts, Ids(size_t(rows * slots))};
+  for (size_t i = 0; i < r.ids.size(); ++i) r.ids[i] = int32_t(philox(3, i)[0] % (experts + 1)) - 1;
+  return r;
+}
+
 const std::vector<Routed>& routings() {
   static const std::vector<Routed> all = {
       {"mixed", 5, 3, 4, {2, 0, 3, 2, -1, 0, 3, 2, 1, -1, -1, 2, 0, 1, 2}},
@@ -34,7 +41,20 @@ const std::vector<Routed>& routings() {
       {"K = E", 3, 2, 2, {0, 1, 1, 0, 0, 1}},
       {"E = 1", 3, 1, 1, {0, -1, 0}},
       {"nobody", 2, 2, 3, {-1, -1, -1, -1}},
+      {"no rows", 0, 2, 3, {}},
+      {"one expert gets everything, K = 8", 20, 8, 5, Ids(160, 3)},
+      random_routing("33 experts, K = 1", 129, 1, 33),
+      random_routing("40 experts, K = 8", 127, 8, 40),
+      random_routing("512 experts, K = 8", 130, 8, 512),
   };
+  return all;
+}
+
+// Widths of whole 16-byte pieces and others.
+std::vector<std::pair<Routed, int64_t>> cases_of(std::initializer_list<int64_t> widths) {
+  std::vector<std::pair<Routed, int64_t>> all;
+  for (const Routed& r : routings())
+    for (int64_t width : widths) all.emplace_back(r, width);
   return all;
 }
 
@@ -107,22 +127,20 @@ TEST(FastExp, IsWithinAnUlpAndSaturates) {
 TEST(OrderByExpert, IsTheStableSort) {
   for (const Routed& r : routings()) {
     SCOPED_TRACE(r.name);
-    Context context;
+    Context context{.device = test_device()};
     Tape tape(context);
     const ExpertOrder order = order_of(tape, r);
-    const Ids want = naive_slots(r);
-    const auto offsets = order.offsets.span<int32_t>(), slots = order.slots.span<int32_t>(),
-               pairs = order.pairs.span<int32_t>();
+    const Ids want = naive_slots(r), offsets = order.offsets.to_vector<int32_t>(),
+              slots = order.slots.to_vector<int32_t>(), pairs = order.pairs.to_vector<int32_t>();
     ASSERT_EQ(int64_t(offsets.size()), r.experts + 1);
     EXPECT_EQ(offsets[0], 0);
     for (int64_t e = 0; e < r.experts; ++e)
       EXPECT_EQ(offsets[e + 1] - offsets[e], std::count(r.ids.begin(), r.ids.end(), e));
     ASSERT_EQ(offsets[r.experts], int32_t(want.size()));
     for (size_t n = 0; n < slots.size(); ++n) EXPECT_EQ(slots[n], n < want.size() ? want[n] : -1);
-    for (size_t i = 0; i < pairs.size(); ++i) {
-      const auto at = std::find(want.begin(), want.end(), int32_t(i));
-      EXPECT_EQ(pairs[i], at == want.end() ? -1 : at - want.begin());
-    }
+    Ids places(pairs.size(), -1);
+    for (size_t n = 0; n < want.size(); ++n) places[want[n]] = int32_t(n);
+    EXPECT_EQ(pairs, places);
   }
 }
 
@@ -143,8 +161,7 @@ TEST(OrderByExpert, RejectsIdsThatAreNoExpert) {
 }
 
 TEST(Experts, GatherRows) {
-  for (const Routed& r : routings()) {
-    const int64_t width = 70;
+  for (const auto& [r, width] : cases_of({70, 72})) {
     check_op({.name = std::string("gather_rows, ") + r.name,
               .inputs = {{r.rows, width}},
               .params = {},
@@ -161,8 +178,7 @@ TEST(Experts, GatherRows) {
 }
 
 TEST(Experts, SumRows) {
-  for (const Routed& r : routings()) {
-    const int64_t width = 131;
+  for (const auto& [r, width] : cases_of({131, 136})) {
     check_op({.name = std::string("sum_rows, ") + r.name,
               .inputs = {{r.rows * r.slots, width}},
               .params = {},
@@ -178,8 +194,7 @@ TEST(Experts, SumRows) {
 }
 
 TEST(Experts, SwigluWithWeights) {
-  for (const Routed& r : routings()) {
-    const int64_t width = 37;
+  for (const auto& [r, width] : cases_of({37, 40})) {
     const auto run = [=](Tape& t, const Inputs& x, const Params&) -> Inputs {
       const ExpertOrder order = order_of(t, r);
       const DType wide = master_dtype(x[0].dtype());
@@ -201,7 +216,7 @@ TEST(Experts, SwigluWithWeights) {
 }
 
 TEST(Experts, SwigluOfPlainRows) {
-  for (int64_t width : {1, 16, 53})
+  for (int64_t width : {1, 16, 53, 264})
     check_op(
         {.name = "swiglu of plain rows",
          .inputs = {{7, 2 * width}},
@@ -216,13 +231,16 @@ TEST(Experts, SwigluOfPlainRows) {
 // Weight gradients when the activations themselves want none.
 TEST(Experts, SwigluGradientOfTheWeightsAlone) {
   const Routed& r = routings()[0];
-  Context context;
+  Context context{.device = test_device()};
   Tape tape(context);
-  const Tensor gate_up = Tensor::of<float>({15, 4}, std::vector<float>(60, 0.5f));
-  const Tensor weights = Tensor::of<float>({5, 3}, std::vector<float>(15, 0.25f));
+  const auto same = [&](Shape shape, float value) {
+    return Tensor::of<float>(shape, std::vector<float>(size_t(shape.numel()), value))
+        .on(context.device);
+  };
+  const Tensor gate_up = same({15, 4}, 0.5f), weights = same({5, 3}, 0.25f);
   tape.leaf(weights);
   const Tensor y = swiglu(tape, gate_up, weights, order_of(tape, r));
-  tape.set_grad(y, Tensor::of<float>(y.shape(), std::vector<float>(30, 1.0f)));
+  tape.set_grad(y, same(y.shape(), 1.0f));
   tape.backward();
   const float silu_up = 0.5f / (1 + std::exp(-0.5f)) * 0.5f;
   const auto got = tape.take_grad(weights).to_vector<float>();
@@ -235,18 +253,18 @@ TEST(Experts, UnusedRowsAreZero) {
   const Routed& r = routings()[0];  // 12 of 15 pairs are used
   by_float(DType::bf16, [&](auto z) {
     using T = decltype(z);
-    Context context;
-    context.dtype = dtype_of<T>();
+    Context context{.device = test_device(), .dtype = dtype_of<T>()};
     const auto filled = [&](int64_t rows, int64_t cols) {
       std::vector<T> v(size_t(rows * cols), T(1.0f));
       std::fill(v.begin() + 12 * cols, v.end(), T(float(kNan)));
-      return Tensor::of<T>({rows, cols}, v);
+      return Tensor::of<T>({rows, cols}, v).on(context.device);
     };
     Tape tape(context);
     const ExpertOrder order = order_of(tape, r);
     const Tensor gate_up = filled(15, 8), rows = filled(15, 4);
-    const Tensor x = Tensor::of<T>({5, 4}, std::vector<T>(20, T(1.0f)));
-    const Tensor weights = Tensor::of<float>({5, 3}, std::vector<float>(15, 1.0f));
+    const Tensor x = Tensor::of<T>({5, 4}, std::vector<T>(20, T(1.0f))).on(context.device);
+    const Tensor weights =
+        Tensor::of<float>({5, 3}, std::vector<float>(15, 1.0f)).on(context.device);
     for (const Tensor* t : {&gate_up, &rows, &x, &weights}) tape.leaf(*t);
     const Tensor act = swiglu(tape, gate_up, weights, order),
                  gathered = gather_rows(tape, x, order);
@@ -286,8 +304,7 @@ TEST(Experts, RejectsShapesThatDoNotFit) {
 // Large enough for threads: any number of them gives the same bits.
 TEST(Experts, ResultsDoNotDependOnThreads) {
   const int64_t rows = 300, slots = 4, experts = 16, width = 96;
-  Routed r{"large", rows, slots, experts, Ids(size_t(rows * slots))};
-  for (size_t i = 0; i < r.ids.size(); ++i) r.ids[i] = int32_t(philox(3, i)[0] % (experts + 1)) - 1;
+  const Routed r = random_routing("large", rows, slots, experts);
   Tensor x({rows, 2 * width}, DType::f32, Device::cpu, "x"),
       weights({rows, slots}, DType::f32, Device::cpu, "w");
   fill_normal(x, 1, 0, 1);

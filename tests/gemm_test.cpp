@@ -7,6 +7,8 @@
 #include <limits>
 
 #include "core/rng.h"
+#include "op_testing.h"
+#include "ops/cuda.h"
 
 namespace pith {
 namespace {
@@ -23,9 +25,9 @@ const Form kForms[] = {{DType::f64, DType::f64, 1e-14},
 struct Size {
   int64_t m, n, k;
 };
-const Size kSizes[] = {{1, 1, 1},    {7, 13, 5},    {1, 33, 17}, {33, 1, 17},
-                       {31, 17, 1},  {1, 1, 64},    {64, 48, 1}, {130, 65, 3},
-                       {64, 64, 64}, {257, 96, 40}, {3, 5, 300}, {16, 256, 513}};
+const Size kSizes[] = {{1, 1, 1},   {7, 13, 5},     {1, 33, 17},  {33, 1, 17},  {31, 17, 1},
+                       {1, 1, 64},  {64, 48, 1},    {130, 65, 3}, {64, 64, 64}, {257, 96, 40},
+                       {3, 5, 300}, {16, 256, 513}, {127, 8, 72}, {129, 40, 24}};
 
 Tensor filled(Shape shape, DType dtype, const char* name) {
   Tensor t(shape, DType::f64, Device::cpu, name);
@@ -35,13 +37,16 @@ Tensor filled(Shape shape, DType dtype, const char* name) {
 
 // Multiplies [m, k] by [k, n] and compares with three loops in fp64.
 template <class F>
-void check(const Size& s, bool trans_a, bool trans_b, const Form& form, bool add, F&& multiply) {
-  const Tensor a = filled(trans_a ? Shape{s.k, s.m} : Shape{s.m, s.k}, form.in, "a");
-  const Tensor b = filled(trans_b ? Shape{s.n, s.k} : Shape{s.k, s.n}, form.in, "b");
-  Tensor c = filled({s.m, s.n}, form.out, "c");
+void check(const Size& s, bool trans_a, bool trans_b, const Form& form, bool add, F&& multiply,
+           Device device = Device::cpu) {
+  const auto on_device = [&](Shape shape, DType t, const char* name) {
+    return filled(shape, t, name).on(device);
+  };
+  const Tensor a = on_device(trans_a ? Shape{s.k, s.m} : Shape{s.m, s.k}, form.in, "a");
+  const Tensor b = on_device(trans_b ? Shape{s.n, s.k} : Shape{s.k, s.n}, form.in, "b");
+  Tensor c = on_device({s.m, s.n}, form.out, "c");
   const auto av = a.to_vector<double>(), bv = b.to_vector<double>(), before = c.to_vector<double>();
-  if (!add && c.numel())
-    std::memset(c.raw(), 0xff, c.nbytes());  // NaN: what is there must not matter
+  if (!add) fill_nan(c);  // what is there must not matter
   multiply(a, b, c);
   const auto got = c.to_vector<double>();
   double worst = 0, scale = 1e-30;
@@ -71,8 +76,22 @@ template <class F> void for_all_forms(F&& f) {
           f(s, bits & 1, bits & 2, form, add);
 }
 
+// The same products in device memory; there bf16 adds too.
+void check_on_gpu(const Size& s, bool ta, bool tb, const Form& form, bool add, auto stream) {
+  const auto multiply = [&](const Tensor& a, const Tensor& b, Tensor& c) {
+    if constexpr (cuda::kBuilt)
+      cuda::gemm(ta, tb, s.m, s.n, s.k, a.raw(), b.raw(), form.in, c.raw(), form.out, add, stream);
+  };
+  check(s, ta, tb, form, add, multiply, Device::cuda);
+}
+
 TEST(Gemm, MatchesNaiveLoops) {
   for_all_forms([](const Size& s, bool ta, bool tb, const Form& form, bool add) {
+    if (test_device() == Device::cuda && form.in != DType::f64) {
+      check_on_gpu(s, ta, tb, form, add, cuda::stream());
+      if (form.out == DType::bf16) check_on_gpu(s, ta, tb, form, true, cuda::stream());
+      return;
+    }
     check(s, ta, tb, form, add, [&](const Tensor& a, const Tensor& b, Tensor& c) {
       cpu::gemm(ta, tb, s.m, s.n, s.k, a.raw(), b.raw(), form.in, c.raw(), form.out, add);
     });

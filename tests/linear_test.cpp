@@ -25,8 +25,9 @@ TEST(Linear, MatchesReferenceAndDifferences) {
   struct Size {
     int64_t t, n, k;
   };
-  for (const Size& s : {Size{7, 13, 5}, Size{1, 1, 1}, Size{1, 33, 16}, Size{65, 1, 7},
-                        Size{33, 70, 1}, Size{3, 200, 40}})
+  for (const Size& s :
+       {Size{7, 13, 5}, Size{1, 1, 1}, Size{1, 33, 16}, Size{65, 1, 7}, Size{33, 70, 1},
+        Size{3, 200, 40}, Size{0, 13, 5}, Size{127, 24, 40}, Size{129, 264, 8}, Size{300, 24, 16}})
     for (const bool with_bias : {false, true})
       for (const bool wide : {false, true}) {
         OpCase c;
@@ -75,18 +76,35 @@ Tensor offsets_of(const std::vector<int32_t>& counts) {
   return ints(offsets);
 }
 
+// Of each expert 0 to most - 1 rows, ragged.
+std::vector<int32_t> ragged(int64_t experts, int32_t most, uint64_t key = 1) {
+  std::vector<int32_t> counts;
+  for (int64_t e = 0; e < experts; ++e) counts.push_back(int32_t(uniform(key, e) * most));
+  return counts;
+}
+
 TEST(GroupedLinear, MatchesReferenceAndDifferences) {
   struct Case {
     const char* name;
     std::vector<int32_t> counts;
     int64_t tail, n, k;
   };
+  // Tiles are 128 rows by 256 columns, 64 deep; multiples of 8 take them, other sizes do not.
   for (const Case& s :
        {Case{"one expert", {7}, 0, 13, 5}, Case{"one expert with a tail", {7}, 2, 13, 5},
         Case{"empty experts", {0, 3, 0, 0, 5, 0}, 0, 7, 9}, Case{"tail", {2, 1, 4}, 5, 6, 3},
         Case{"one gets everything", {0, 0, 300, 0}, 3, 8, 6},
         Case{"one dominates", {3, 290, 2, 1}, 0, 5, 4}, Case{"all empty", {0, 0, 0}, 4, 6, 3},
-        Case{"no rows", {0, 0, 0}, 0, 6, 3}, Case{"single rows, K = 1", {1, 1, 1}, 0, 17, 1}}) {
+        Case{"no rows", {0, 0, 0}, 0, 6, 3}, Case{"single rows, K = 1", {1, 1, 1}, 0, 17, 1},
+        Case{"no rows of whole tiles", {0, 0}, 0, 16, 8},
+        Case{"a tail of whole tiles", {0, 0, 0}, 9, 8, 16},
+        Case{"about a tile", {1, 127, 128, 129}, 5, 72, 40},
+        Case{"one gets 300", {0, 300, 0, 1}, 0, 24, 72},
+        Case{"wider than a tile", {3, 0, 66}, 0, 264, 136},
+        Case{"deeper than a tile", {65, 2, 0}, 1, 136, 328},
+        Case{"odd sizes", {130, 0, 1, 64}, 3, 31, 17}, Case{"40 experts", ragged(40, 9), 0, 24, 8},
+        Case{"512 experts", ragged(512, 3), 2, 8, 16},
+        Case{"600 experts", ragged(600, 3), 0, 16, 8}}) {
     const Tensor offsets = offsets_of(s.counts);
     const int64_t experts = s.counts.size(), rows = offsets.to_vector<int32_t>().back() + s.tail;
     OpCase c;
@@ -110,6 +128,81 @@ TEST(GroupedLinear, MatchesReferenceAndDifferences) {
       omp_set_num_threads(before);
     }
   }
+}
+
+struct Segments {  // of one weight gradient: w is [E, N, K], or [N, K] for no experts
+  int64_t records, experts, n, k;
+  int32_t most;  // rows of an expert, about
+  DType in, grad;
+};
+
+// One flush of several records, each with counts of its own, onto `before`, against the sum in fp64.
+void check_segments(const Segments& s, bool add) {
+  SCOPED_TRACE(fmt::format("{} records, {} experts, {} x {}, {} to {}{}", s.records, s.experts, s.n,
+                           s.k, name_of(s.in), name_of(s.grad), add ? ", added" : ""));
+  Context context{.device = test_device(), .dtype = s.in};
+  const Shape shape = s.experts ? Shape{s.experts, s.n, s.k} : Shape{s.n, s.k};
+  Param w{.name = "w", .shape = shape};
+  Tensor before(shape, DType::f64, Device::cpu, "before");
+  fill_normal(before, 3, 0, 1.0);
+  w.grad = before.to(s.grad, "grad").on(context.device);
+  w.grad_written = add;
+  Flat want = add ? w.grad.to_vector<double>() : Flat(size_t(before.numel()), 0.0);
+  if (!add) fill_nan(w.grad);
+  std::vector<WgradQueue> queues(size_t(s.records));
+  std::vector<WgradQueue*> all;
+  for (int64_t i = 0; i < s.records; ++i) {
+    // Every third record has nobody's rows alone, and every record a tail that nobody may read.
+    const std::vector<int32_t> counts =
+        i % 3 == 2 ? std::vector<int32_t>(size_t(s.experts), 0) : ragged(s.experts, s.most, i);
+    const Tensor offsets = s.experts ? offsets_of(counts) : Tensor();
+    const auto at = s.experts ? offsets.to_vector<int64_t>() : std::vector<int64_t>{0, 37 * i};
+    const int64_t rows = at.back() + (s.experts ? 5 : 0);
+    const auto operand = [&](int64_t width, uint64_t key) {
+      Tensor t({rows, width}, DType::f64, Device::cpu, "operand");
+      fill_normal(t, key, 0, 1.0);
+      fill_nan(t.row_range(at.back(), rows));
+      return t.to(s.in, "operand");
+    };
+    const Tensor x = operand(s.k, 100 + i), dy = operand(s.n, 200 + i);
+    const Flat xv = x.to_vector<double>(), dv = dy.to_vector<double>();
+    for (size_t e = 0; e + 1 < at.size(); ++e)
+      for (int64_t r = at[e]; r < at[e + 1]; ++r)
+        for (int64_t a = 0; a < s.n; ++a) {
+          double* row = &want[(e * s.n + a) * s.k];
+          for (int64_t b = 0; b < s.k; ++b) row[b] += dv[r * s.n + a] * xv[r * s.k + b];
+        }
+    queues[i].push_back({&w, x.on(context.device), dy.on(context.device), offsets, Loc::current()});
+    all.push_back(&queues[i]);
+  }
+  flush_wgrads(context, all);
+  const Flat got = w.grad.to_vector<double>();
+  double scale = 1e-30, worst = 0;
+  for (double v : want) scale = std::max(scale, std::abs(v));
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double d = std::abs(got[i] - want[i]);
+    worst = std::max(worst, std::isnan(d) ? HUGE_VAL : d);
+  }
+  EXPECT_LE(worst / scale, s.grad == DType::bf16 ? 1e-2 : 1e-5);
+}
+
+TEST(FlushWgrads, SeveralRecordsAreTheirSum) {
+  std::vector<std::pair<DType, DType>> types = {{DType::f32, DType::f32},
+                                                {DType::bf16, DType::f32}};
+  if (test_device() == Device::cuda)  // the CPU has no bf16 gradients
+    types.push_back({DType::bf16, DType::bf16});
+  for (const auto& [in, grad] : types)
+    for (const bool add : {false, true}) {
+      for (int64_t records : {1, 2, 8, 9}) {
+        check_segments({records, 5, 24, 40, 70, in, grad}, add);
+        check_segments({records, 3, 7, 5, 20, in, grad}, add);
+        check_segments({records, 0, 24, 40, 0, in, grad}, add);
+      }
+      check_segments({2, 3, 136, 264, 140, in, grad}, add);
+      check_segments({2, 2, 264, 136, 70, in, grad}, add);
+      check_segments({3, 40, 16, 8, 6, in, grad}, add);
+      check_segments({2, 600, 8, 8, 3, in, grad}, add);
+    }
 }
 
 struct Bench {

@@ -31,7 +31,10 @@ Flat plus(Flat a, const Flat& b) {
 
 constexpr float kEps = 0.0009765625f;  // exact in fp32: the reference uses the same number
 
-const Shape kShapes[] = {{1, 1}, {1, 7}, {3, 64}, {5, 33}, {70, 13}, {130, 200}};
+// Odd rows, rows of whole 16-byte pieces, and rows that a block of threads takes in several pieces.
+const Shape kShapes[] = {{1, 1},     {1, 7},    {3, 64},   {5, 33},   {70, 13},
+                         {130, 200}, {0, 8},    {1, 8},    {127, 16}, {129, 24},
+                         {300, 72},  {3, 4096}, {2, 8200}, {3, 1030}, {600, 40}};
 
 TEST(RmsNorm, MatchesReferenceAndDifferences) {
   for (const Shape& s : kShapes) {

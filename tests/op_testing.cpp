@@ -143,8 +143,13 @@ Device test_device() {
   return wanted && std::string(wanted) == "cuda" ? Device::cuda : Device::cpu;
 }
 
-Tensor ints(const std::vector<int32_t>& v) {
-  return Tensor::of<int32_t>({int64_t(v.size())}, v).on(test_device());
+Tensor ints(const std::vector<int32_t>& v, Device device) {
+  return Tensor::of<int32_t>({int64_t(v.size())}, v).on(device);
+}
+
+void fill_nan(Tensor t) {
+  const std::vector<double> nan(size_t(t.numel()), std::nan(""));
+  t.copy_from(Tensor::of<double>(t.shape(), nan).to(t.dtype(), "nan"));
 }
 
 std::unique_ptr<Param> make_param(const std::string& name, Shape shape, DType compute,

@@ -45,7 +45,9 @@ struct OpCase {
 // Where check_op runs: $PITH_TEST_DEVICE, cpu or cuda (fp64 there runs the CPU's code on copies).
 Device test_device();
 // What cases capture.
-Tensor ints(const std::vector<int32_t>& v);
+Tensor ints(const std::vector<int32_t>& v, Device device = test_device());
+// NaN everywhere: what a first write must overwrite, or nobody may read.
+void fill_nan(Tensor t);
 
 // EXPECTs forward in every dtype, gradients of fp64 against finite differences, gradients of fp32
 // and bf16 against those of fp64 (10 x tolerance), that a second backward contribution adds, and

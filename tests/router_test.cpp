@@ -143,6 +143,15 @@ std::vector<Case> cases() {
       {"E = 1", 4, 1, {.top_k = 1, .renormalize = true}},
       {"one token", 1, 19, {.top_k = 4}},
       {"odd width", 3, 37, {.top_k = 5, .renormalize = true}},
+      {"no tokens", 0, 8, {.top_k = 2}},
+      {"40 experts, K = 8", 129, 40, {.top_k = 8, .renormalize = true}},
+      {"33 experts, K = 1", 127, 33, {.top_k = 1}},
+      {"512 experts, K = 8", 5, 512, {.top_k = 8, .renormalize = true}},
+      {"512 experts, sigmoid", 5, 512, {.score = Score::sigmoid, .top_k = 8, .scaling = 2.5}},
+      {"512 experts, softmax of the chosen",
+       5,
+       512,
+       {.score = Score::softmax_after_top_k, .top_k = 1}},
   };
   for (Score score : {Score::softmax, Score::sigmoid, Score::softmax_after_top_k})
     for (bool renormalize : {false, true})
@@ -177,11 +186,12 @@ TEST(Router, ChoosesTheSameIds) {
   for (const Case& c : cases()) {
     Row logits(size_t(c.tokens * c.experts));
     for (size_t i = 0; i < logits.size(); ++i) logits[i] = normal(stream_key(5, c.name), i);
-    Context context;
-    context.dtype = DType::f64;
-    Tape tape(context);
-    const Tensor ids = route(tape, constant(tape, {c.tokens, c.experts}, logits), c).ids;
-    EXPECT_EQ(ids.to_vector<int32_t>(), naive_route(c, logits).ids) << c.name;
+    for (const DType dtype : {DType::f64, DType::f32}) {
+      Context context{.device = test_device(), .dtype = dtype};
+      Tape tape(context);
+      const Tensor ids = route(tape, constant(tape, {c.tokens, c.experts}, logits), c).ids;
+      EXPECT_EQ(ids.to_vector<int32_t>(), naive_route(c, logits).ids) << c.name;
+    }
   }
 }
 
@@ -276,7 +286,7 @@ TEST(Router, RejectsRulesThatCannotHold) {
 }
 
 TEST(Router, BalancedIds) {
-  Context context;
+  Context context{.device = test_device()};
   Tape tape(context);
   EXPECT_EQ(balanced_ids(tape, 4, 2, 5).to_vector<int32_t>(), (Ids{0, 2, 1, 3, 2, 4, 3, 0}));
   EXPECT_EQ(balanced_ids(tape, 3, 1, 1).to_vector<int32_t>(), (Ids{0, 0, 0}));
@@ -287,10 +297,10 @@ TEST(Router, BalancedIds) {
 }
 
 TEST(Router, CountsAndFractions) {
-  Context context;
+  Context context{.device = test_device()};
   Tape tape(context);
-  const Tensor ids = Tensor::of<int32_t>({4, 2}, Ids{0, 2, 2, -1, 1, 2, 2, 0});
-  Tensor counts = Tensor::zeros({4}, DType::f32, Device::cpu, "counts");
+  const Tensor ids = constant_ids(tape, {4, 2}, {0, 2, 2, -1, 1, 2, 2, 0});
+  Tensor counts = Tensor::zeros({4}, DType::f32, context.device, "counts");
   count_experts(tape, ids, counts);
   count_experts(tape, ids, counts);
   EXPECT_EQ(counts.to_vector<float>(), (std::vector<float>{4, 2, 8, 0}));
@@ -299,9 +309,18 @@ TEST(Router, CountsAndFractions) {
   EXPECT_EQ(expert_fractions(tape, ids, 4, 2).to_vector<float>(),
             (std::vector<float>{0.25f, 0, 0.5f, 0, 0.25f, 0.25f, 0.5f, 0}));
   EXPECT_THROW(expert_fractions(tape, ids, 4, 3), Error);
-  EXPECT_THROW(expert_fractions(tape, ids, 2, 1), Error);
+  const Tensor fractions =
+      expert_fractions(tape, constant_ids(tape, {600, 2}, Ids(1200, 511)), 512, 1);
+  Row one(512, 0);
+  one[511] = 1;
+  EXPECT_EQ(fractions.to_vector<double>(), one);
+
+  Context host_context;  // where ids are looked at
+  Tape host(host_context);
+  const Tensor host_ids = ids.on(Device::cpu);
+  EXPECT_THROW(expert_fractions(host, host_ids, 2, 1), Error);
   Tensor few = Tensor::zeros({2}, DType::f32, Device::cpu, "counts");
-  EXPECT_THROW(count_experts(tape, ids, few), Error);
+  EXPECT_THROW(count_experts(host, host_ids, few), Error);
 }
 
 // Mean over groups of E sum_i f_i P_i.
@@ -323,20 +342,23 @@ double naive_balance(const Row& scores, const Row& fractions, int64_t tokens, in
 }
 
 TEST(Router, BalanceLoss) {
-  const int64_t tokens = 12, experts = 5;
-  for (int64_t groups : {1, 3, 12})
+  const int64_t tokens = 12;
+  for (const auto& [experts, groups] :
+       {std::pair<int64_t, int64_t>{5, 1}, {5, 3}, {5, 12}, {40, 3}, {512, 1}})
     for (int64_t rows : {int64_t(1), groups}) {
       Row fractions(size_t(rows * experts));
       for (size_t i = 0; i < fractions.size(); ++i) fractions[i] = uniform(9, i);
       check_op({.name = "balance_loss",
                 .inputs = {{tokens, experts}},
                 .params = {},
-                .run = [=](Tape& t, const Inputs& x, const Params&) -> Inputs {
+                .run = [=, experts = experts, groups = groups](Tape& t, const Inputs& x,
+                                                               const Params&) -> Inputs {
                   const Tensor scores = exp(t, x[0]);  // positive, and not normalized
                   const Tensor f = constant(t, {rows, experts}, fractions);
                   return {balance_loss(t, scores, f, groups), balance_loss(t, scores, f, groups)};
                 },
-                .reference = [=](const Values& x, const Values&) -> Values {
+                .reference = [=, experts = experts, groups = groups](const Values& x,
+                                                                     const Values&) -> Values {
                   Row scores = x[0];
                   for (double& v : scores) v = std::exp(v);
                   const double loss = naive_balance(scores, fractions, tokens, experts, groups);
@@ -360,7 +382,7 @@ TEST(Router, BalanceLossIsOneWhenBalanced) {
 }
 
 TEST(Router, ZLoss) {
-  for (int64_t experts : {1, 4, 21})
+  for (int64_t experts : {1, 4, 21, 40, 512})
     check_op({.name = "z_loss",
               .inputs = {{6, experts}},
               .params = {},

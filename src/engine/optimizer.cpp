@@ -28,7 +28,9 @@ static void update_by_muon(Tape& tape, const Muon& rule, const Param& p, const T
     };
     const Tensor value = batch(p.value), rest = p.rest ? batch(p.rest) : Tensor(),
                  master = join_master(value, rest);
-    muon_update(tape, rule, batch(p.grad), batch(momentum), master, value);
+    Tensor grad = batch(p.grad);
+    if (grad.dtype() != master.dtype()) grad = grad.to(master.dtype(), "wide_grad");
+    muon_update(tape, rule, grad, batch(momentum), master, value);
     split_master(master, value, rest);
   }
 }

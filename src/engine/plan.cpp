@@ -19,7 +19,8 @@ Context make_context(const RunConfig& run, Device device) {
   Context context{.device = device,
                   .planned = parse_device(run.device),
                   .dtype = parse_dtype(run.dtype),
-                  .check_finite = run.debug.check_finite};
+                  .check_finite = run.debug.check_finite,
+                  .deterministic = run.deterministic};
   const auto wanted = [&](const char* what) {
     return std::ranges::count(run.train.recompute, what) > 0;
   };

@@ -317,12 +317,15 @@ Tensor attention(Tape& tape, const Tensor& qkv, const AttentionShape& shape, flo
     const Tensor dy = op.grad(y);
     auto d = op.accumulate(qkv);
     if (!d) return;
-    const bool by_kernel = on_gpu && !d.add;  // which cannot add
+    const bool apart = on_gpu && d.add;  // cuDNN cannot add
+    const Tensor to = apart ? op.workspace("attention_dx", qkv.shape(), qkv.dtype()) : d.tensor;
     Tensor d_kv, scratch;
-    if (!by_kernel) {
+    if (!on_gpu) {
       d_kv = op.workspace("attention_d_kv", {2 * n.kv_count(), n.parts(), n.keys, shape.head_dim},
                           lse.dtype());
       scratch = make_scratch(op, n, lse.dtype());
+    } else if (op.context().deterministic && op.context().device == Device::meta) {
+      op.workspace("attention_scores", {shape.batch, shape.heads, n.keys, n.keys}, DType::bf16);
     }
     cpu::run(
         op, {.flops = 2.5 * n.flops(), .bytes = 2.0 * (qkv.nbytes() + y.nbytes())}, qkv.dtype(),
@@ -336,10 +339,12 @@ Tensor attention(Tape& tape, const Tensor& qkv, const AttentionShape& shape, flo
                       split(d.tensor.data<T>(), shape), d.add, d_kv, scratch);
         },
         [&](auto stream) {
-          if (by_kernel)
-            cuda::attention_backward(qkv, shape, scale, n.window, y, lse, dy, d.tensor, stream);
-          return by_kernel;
+          if (on_gpu)
+            cuda::attention_backward(qkv, shape, scale, n.window, y, lse, dy, to,
+                                     op.context().deterministic, stream);
+          return on_gpu;
         });
+    if (apart) d.tensor.add(to);
   });
   return y;
 }

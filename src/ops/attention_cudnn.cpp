@@ -45,7 +45,8 @@ struct Plan {
 };
 
 // Everything a plan depends on.
-using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, bool>;
+enum class Pass { forward, backward, deterministic_backward };
+using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, Pass>;
 
 // Heads of a packed tensor [B S, width]: [B, heads, S, D].
 Node heads(fe::graph::Graph& g, const AttentionShape& s, int64_t count, int64_t width, Id id) {
@@ -77,7 +78,7 @@ template <class Attributes> Attributes attributes(float scale, int64_t window) {
   return a;
 }
 
-Plan make_plan(const AttentionShape& s, float scale, int64_t window, bool backward) {
+Plan make_plan(const AttentionShape& s, float scale, int64_t window, Pass pass) {
   Plan p;
   fe::graph::Graph& g = *p.graph;
   g.set_io_data_type(fe::DataType_t::BFLOAT16)
@@ -86,7 +87,7 @@ Plan make_plan(const AttentionShape& s, float scale, int64_t window, bool backwa
   const int64_t width = s.width(), out = s.heads * s.head_dim;
   const Node q = heads(g, s, s.heads, width, kQ), k = heads(g, s, s.kv_heads, width, kK),
              v = heads(g, s, s.kv_heads, width, kV);
-  if (!backward) {
+  if (pass == Pass::forward) {
     const auto [o, stats] = g.sdpa(
         q, k, v, attributes<fe::graph::SDPA_attributes>(scale, window).set_generate_stats(true));
     result(o, s, s.heads, out, kO);
@@ -98,7 +99,8 @@ Plan make_plan(const AttentionShape& s, float scale, int64_t window, bool backwa
     describe_stats(stats_of, s);
     const auto [dq, dk, dv] =
         g.sdpa_backward(q, k, v, o, d_o, g.tensor(stats_of),
-                        attributes<fe::graph::SDPA_backward_attributes>(scale, window));
+                        attributes<fe::graph::SDPA_backward_attributes>(scale, window)
+                            .set_deterministic_algorithm(pass == Pass::deterministic_backward));
     result(dq, s, s.heads, width, kDq);
     result(dk, s, s.kv_heads, width, kDk);
     result(dv, s, s.kv_heads, width, kDv);
@@ -108,12 +110,12 @@ Plan make_plan(const AttentionShape& s, float scale, int64_t window, bool backwa
   return p;
 }
 
-const Plan& plan_for(const AttentionShape& s, float scale, int64_t window, bool backward) {
+const Plan& plan_for(const AttentionShape& s, float scale, int64_t window, Pass pass) {
   static std::map<Key, Plan> plans;
   handle();  // before anything else of the library
-  const Key key{s.batch, s.sequence, s.heads, s.kv_heads, s.head_dim, window, scale, backward};
+  const Key key{s.batch, s.sequence, s.heads, s.kv_heads, s.head_dim, window, scale, pass};
   auto it = plans.find(key);
-  if (it == plans.end()) it = plans.emplace(key, make_plan(s, scale, window, backward)).first;
+  if (it == plans.end()) it = plans.emplace(key, make_plan(s, scale, window, pass)).first;
   return it->second;
 }
 
@@ -142,18 +144,19 @@ void attention(const Tensor& qkv, const AttentionShape& s, float scale, int64_t 
   auto tensors = three(qkv, s, kQ);
   tensors[kO] = y.raw();
   tensors[kStats] = stats.raw();
-  run(plan_for(s, scale, window, false), tensors, stream);
+  run(plan_for(s, scale, window, Pass::forward), tensors, stream);
 }
 
 void attention_backward(const Tensor& qkv, const AttentionShape& s, float scale, int64_t window,
                         const Tensor& y, const Tensor& stats, const Tensor& dy, Tensor d_qkv,
-                        Stream stream) {
+                        bool deterministic, Stream stream) {
   auto tensors = three(qkv, s, kQ);
   tensors.merge(three(d_qkv, s, kDq));
   tensors[kO] = Tensor(y).raw();
   tensors[kStats] = Tensor(stats).raw();
   tensors[kDo] = Tensor(dy).raw();
-  run(plan_for(s, scale, window, true), tensors, stream);
+  const Pass pass = deterministic ? Pass::deterministic_backward : Pass::backward;
+  run(plan_for(s, scale, window, pass), tensors, stream);
 }
 
 }  // namespace pith::cuda

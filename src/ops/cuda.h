@@ -89,11 +89,35 @@ void clip_by_norm(const Tensor& squares, double labels, double clip, Tensor norm
 void adamw_update(const AdamW& rule, const Tensor& norm, const Tensor& grad, Tensor m, Tensor v,
                   Tensor value, Tensor rest, Stream);
 
+// muon.cu. work: fp32 [slots, muon_work(r, c)], for so many matrices at a time.
+constexpr int64_t kMuonParts = 64;
+inline int64_t muon_work(int64_t r, int64_t c) {
+  const auto padded = [](int64_t n) { return (n + 63) / 64 * 64; };
+  const int64_t small = std::min(r, c);
+  return 2 * (padded(r * c) + padded(small * small)) + kMuonParts;
+}
+void muon_update(const Muon& rule, const Tensor& grad, Tensor buf, Tensor master, Tensor value,
+                 Tensor work, Stream);
+
 // gemm.cu: cpu::gemm of ops/gemm.h in device memory, bf16 and fp32; bf16 out may add.
 void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const void* a, const void* b,
           DType in, void* c, DType out, bool add, Stream);
+// d = alpha op(a) op(b) + beta c for `batch` fp32 matrices, one behind the other; operands rounded to TF32, sums and
+// c in fp32. c may be d.
+struct Scaled {
+  float alpha, beta;
+  const void* c;
+};
+void gemm_tf32(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const void* a,
+               const void* b, const Scaled& scaled, void* d, int64_t batch, Stream);
+
+// linear.cu. y [T, N] += bias [N], rounded once. parts: fp32 [bias_parts(T), N].
+void add_bias(Tensor y, const Tensor& bias, Stream);
+inline int64_t bias_parts(int64_t rows) { return std::clamp<int64_t>(rows / 8, 1, 64); }
+void bias_gradient(const Tensor& dy, Op::Into db, Tensor parts, Stream);
 
 // attention_cudnn.cpp. bf16, heads of up to 256 channels, a multiple of 8; no documents. stats: fp32 [B, Hq, S].
+// Backward adds to dq by atomics unless `deterministic`, which keeps the scores instead: [B, Hq, S, S] bf16.
 inline bool attention_fits(const Tensor& qkv, const AttentionShape& shape) {
   return qkv.dtype() == DType::bf16 && shape.head_dim % 8 == 0 && shape.head_dim <= 256 &&
          qkv.numel() > 0;
@@ -102,6 +126,6 @@ void attention(const Tensor& qkv, const AttentionShape& shape, float scale, int6
                Tensor y, Tensor stats, Stream);
 void attention_backward(const Tensor& qkv, const AttentionShape& shape, float scale, int64_t window,
                         const Tensor& y, const Tensor& stats, const Tensor& dy, Tensor d_qkv,
-                        Stream);
+                        bool deterministic, Stream);
 
 }  // namespace pith::cuda

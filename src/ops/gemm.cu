@@ -24,6 +24,7 @@ struct CublasLt {
   PITH_CUBLAS(cublasLtMatmulDescCreate);
   PITH_CUBLAS(cublasLtMatmulDescSetAttribute);
   PITH_CUBLAS(cublasLtMatrixLayoutCreate);
+  PITH_CUBLAS(cublasLtMatrixLayoutSetAttribute);
   PITH_CUBLAS(cublasLtMatmulPreferenceCreate);
   PITH_CUBLAS(cublasLtMatmulPreferenceSetAttribute);
   PITH_CUBLAS(cublasLtMatmulAlgoGetHeuristic);
@@ -57,13 +58,15 @@ struct Plan {
   cublasLtMatmulHeuristicResult_t chosen{};
 };
 
-using Key = std::tuple<bool, bool, int64_t, int64_t, int64_t, DType, DType, bool>;
+// Without a batch products are those of bf16 or fp32, with one of TF32.
+using Key = std::tuple<bool, bool, int64_t, int64_t, int64_t, DType, DType, int64_t, uint32_t>;
 
 Plan make_plan(const Key& key) {
-  const auto& [trans_a, trans_b, m, n, k, in, out, add] = key;
+  const auto& [trans_a, trans_b, m, n, k, in, out, batch, alignment] = key;
   CublasLt& l = lt();
   Plan p;
-  check(l.cublasLtMatmulDescCreate(&p.product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+  check(l.cublasLtMatmulDescCreate(
+      &p.product, batch > 0 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F));
   // Its first operand is b.
   const cublasOperation_t first = trans_b ? CUBLAS_OP_T : CUBLAS_OP_N,
                           second = trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -73,6 +76,13 @@ Plan make_plan(const Key& key) {
                                          sizeof second));
   const auto layout = [&](cublasLtMatrixLayout_t& to, DType t, int64_t rows, int64_t cols) {
     check(l.cublasLtMatrixLayoutCreate(&to, type_of(t), uint64_t(cols), uint64_t(rows), cols));
+    if (batch == 0) return;
+    const int32_t count = int32_t(batch);
+    const int64_t stride = rows * cols;
+    check(l.cublasLtMatrixLayoutSetAttribute(to, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
+                                             sizeof count));
+    check(l.cublasLtMatrixLayoutSetAttribute(to, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                                             &stride, sizeof stride));
   };
   layout(p.a, in, trans_a ? k : m, trans_a ? m : k);
   layout(p.b, in, trans_b ? n : k, trans_b ? k : n);
@@ -81,11 +91,33 @@ Plan make_plan(const Key& key) {
   check(l.cublasLtMatmulPreferenceCreate(&wish));
   check(l.cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                                &kWorkspace, sizeof kWorkspace));
+  for (const auto of_matrix :
+       {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+    check(l.cublasLtMatmulPreferenceSetAttribute(wish, of_matrix, &alignment, sizeof alignment));
   int found = 0;
   check(l.cublasLtMatmulAlgoGetHeuristic(l.handle, p.product, p.b, p.a, p.c, p.c, wish, 1,
                                          &p.chosen, &found));
   if (found == 0) fail("cuBLASLt has no algorithm for [{}, {}, {}]", m, n, k);
   return p;
+}
+
+// batch 0: one product, not of TF32.
+void multiply(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const void* a,
+              const void* b, DType in, const Scaled& scaled, void* d, DType out, int64_t batch,
+              Stream stream) {
+  static std::map<Key, Plan> plans;
+  // Rows and matrices of a batch may begin anywhere; what is aligned to 16 bytes is aligned enough for all.
+  uintptr_t bits = uintptr_t(a) | uintptr_t(b) | uintptr_t(scaled.c) | uintptr_t(d);
+  if (batch > 1) bits |= uintptr_t(m * k | k * n | m * n) * sizeof(float);
+  const uint32_t alignment = bits % 16 == 0 ? 256 : uint32_t(bits & -bits);
+  const Key key{trans_a, trans_b, m, n, k, in, out, batch, alignment};
+  auto it = plans.find(key);
+  if (it == plans.end()) it = plans.emplace(key, make_plan(key)).first;
+  const Plan& p = it->second;
+  CublasLt& l = lt();
+  check(l.cublasLtMatmul(l.handle, p.product, &scaled.alpha, b, p.b, a, p.a, &scaled.beta, scaled.c,
+                         p.c, d, p.c, &p.chosen.algo, l.workspace.raw(), kWorkspace, stream));
 }
 
 }  // namespace
@@ -97,15 +129,12 @@ void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const voi
     if (!add) fill_zero(c, m * n * size_of(out));
     return;
   }
-  static std::map<Key, Plan> plans;
-  const Key key{trans_a, trans_b, m, n, k, in, out, add};
-  auto it = plans.find(key);
-  if (it == plans.end()) it = plans.emplace(key, make_plan(key)).first;
-  const Plan& p = it->second;
-  CublasLt& l = lt();
-  const float alpha = 1, beta = add;
-  check(l.cublasLtMatmul(l.handle, p.product, &alpha, b, p.b, a, p.a, &beta, c, p.c, c, p.c,
-                         &p.chosen.algo, l.workspace.raw(), kWorkspace, stream));
+  multiply(trans_a, trans_b, m, n, k, a, b, in, {1, float(add), c}, c, out, 0, stream);
+}
+
+void gemm_tf32(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const void* a,
+               const void* b, const Scaled& scaled, void* d, int64_t batch, Stream stream) {
+  multiply(trans_a, trans_b, m, n, k, a, b, DType::f32, scaled, d, DType::f32, batch, stream);
 }
 
 }  // namespace pith::cuda

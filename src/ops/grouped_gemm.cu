@@ -57,7 +57,7 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
   Shared& s;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = int(cluster_rank());
   int n_blocks = 0, m_pairs = 0, units = 0;
-  int stage = 0;
+  int stage = 0, expert = 0;
   uint32_t parity = 0;
 
   __device__ void begin() {
@@ -94,26 +94,23 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
     if (lane == 0) s.tile_begin[p.experts] = before;
   }
 
-  __device__ int expert_of(int tile) const {
+  // Tiles are asked for in rising order.
+  __device__ int expert_of(int tile) {
     if (tile >= s.tile_begin[p.experts]) return -1;
-    int low = 0, high = p.experts;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (s.tile_begin[middle] <= tile ? low : high) = middle;
-    }
-    return low;
+    while (s.tile_begin[expert + 1] <= tile) ++expert;
+    return expert;
   }
 
   // Columns fastest: clusters that run at the same time share rows and weights in L2.
-  __device__ Tile tile_of(int unit) const {
+  __device__ Tile tile_of(int unit) {
     const int n = unit % n_blocks * kN, pair = unit / n_blocks;
     if constexpr (kRowsAreK)
       return {pair / m_pairs, (pair % m_pairs * 2 + rank) * kM, p.m, n, true};
-    const int tile = 2 * pair + rank, expert = expert_of(tile);
-    if (expert < 0) return {-1, 0, 0, n, false};
+    const int first = expert_of(2 * pair), second = expert_of(2 * pair + 1);
+    const int tile = 2 * pair + rank, e = rank ? second : first;
+    if (e < 0) return {-1, 0, 0, n, false};
     const int* offsets = p.segment[0].offsets;
-    return {expert, offsets[expert] + (tile - s.tile_begin[expert]) * kM, offsets[expert + 1], n,
-            expert_of(tile ^ 1) == expert};
+    return {e, offsets[e] + (tile - s.tile_begin[e]) * kM, offsets[e + 1], n, first == second};
   }
 
   __device__ void next_stage() {

@@ -125,6 +125,15 @@ void add_bias(Tensor y, const Tensor& bias) {
   });
 }
 
+void bias_gradient(Op& op, const Tensor& dy, Op::Into db) {
+  op.run(
+      {.bytes = double(dy.nbytes())}, [&] { cpu::add_rows(dy, nullptr, db); },
+      [&](auto stream) {
+        const Shape parts{cuda::bias_parts(dy.dim(0)), dy.dim(1)};
+        cuda::bias_gradient(dy, db, op.workspace("bias_parts", parts, DType::f32), stream);
+      });
+}
+
 // linear, and grouped_linear with offsets.
 Tensor product(Op& op, const Tensor& x, Param& w, const Tensor& offsets, LinearOptions options) {
   const Tensor& m = w.value;
@@ -140,12 +149,14 @@ Tensor product(Op& op, const Tensor& x, Param& w, const Tensor& offsets, LinearO
   op.run(
       cost, [&] { multiply(x, m, true, offsets, y); },
       [&](auto stream) { multiply_on_gpu(x, m, true, offsets, y, false, stream); });
-  if (bias) op.run({.bytes = 2.0 * y.nbytes()}, [&] { add_bias(y, bias->value); });
+  if (bias)
+    op.run(
+        {.bytes = 2.0 * y.nbytes()}, [&] { add_bias(y, bias->value); },
+        [&](auto stream) { cuda::add_bias(y, bias->value, stream); });
   op.backward([=, y = y.identity(), &w](Op& op) {
     Tensor dy = op.grad(y);
     if (bias)
-      if (auto db = op.accumulate(*bias))
-        op.run({.bytes = double(dy.nbytes())}, [&] { cpu::add_rows(dy, nullptr, db); });
+      if (auto db = op.accumulate(*bias)) bias_gradient(op, dy, db);
     if (dy.dtype() != x.dtype()) dy = dy.to(x.dtype(), "dy");
     if (op.wants(x)) {
       // On the CPU no bf16 product adds, and none of grouped rows does.

@@ -57,8 +57,8 @@ void adamw(const AdamW& rule, double scale, int64_t n, const G* grad, T* m, T* v
 struct Matrix {
   int64_t r, c;
   int64_t small() const { return std::min(r, c); }
-  // Scratch: two matrices and two squares of the smaller side.
-  int64_t work() const { return 2 * (r * c + small() * small()); }
+  // Scratch: two matrices and two squares of the smaller side, and room for the GPU's sums.
+  int64_t work() const { return cuda::muon_work(r, c); }
   // Five iterations, each of the Gram matrix, its square and the product with the matrix.
   double flops() const { return 5.0 * small() * (4.0 * r * c + 2.0 * small() * small()); }
 };
@@ -171,18 +171,25 @@ void muon_update(Tape& tape, const Muon& rule, const Tensor& grad, Tensor buf, T
   const int rank = grad.rank();
   op.require(rank == 2 || rank == 3, "Muon updates matrices [r, c] or [b, r, c]");
   const Matrix s{grad.dim(rank - 2), grad.dim(rank - 1)};
-  // Matrices of a stack are done at a time by one thread each; a single one has all threads.
-  const int64_t batch = rank == 3 ? grad.dim(0) : 1, slots = batch > 1 ? omp_get_max_threads() : 1;
+  // Matrices of a stack are done at a time by one thread each, on a GPU as many as fit into half a
+  // gigabyte; a single one has all threads.
+  const int64_t batch = rank == 3 ? grad.dim(0) : 1, room = (int64_t(1) << 27) / s.work();
+  int64_t slots = 1;
+  if (batch > 1)
+    slots = op.on_gpu() ? std::clamp<int64_t>(room, 1, std::min<int64_t>(batch, 65535))
+                        : omp_get_max_threads();
   Tensor work = op.workspace("muon_work", {slots, s.work()}, grad.dtype());
-  cpu::run(op, {batch * s.flops(), 5.0 * grad.nbytes() + value.nbytes()}, value.dtype(),
-           [&](auto z) {
-             using T = cpu::Acc<decltype(z)>;
-             cpu::parallel_tasks(batch, [&](int64_t i) {
-               const int64_t at = i * s.r * s.c, slot = omp_get_thread_num();
-               muon(rule, s, grad.data<T>() + at, buf.data<T>() + at, master.data<T>() + at,
-                    value.data<decltype(z)>() + at, work.data<T>() + slot * s.work());
-             });
-           });
+  cpu::run(
+      op, {batch * s.flops(), 5.0 * grad.nbytes() + value.nbytes()}, value.dtype(),
+      [&](auto z) {
+        using T = cpu::Acc<decltype(z)>;
+        cpu::parallel_tasks(batch, [&](int64_t i) {
+          const int64_t at = i * s.r * s.c, slot = omp_get_thread_num();
+          muon(rule, s, grad.data<T>() + at, buf.data<T>() + at, master.data<T>() + at,
+               value.data<decltype(z)>() + at, work.data<T>() + slot * s.work());
+        });
+      },
+      [&](auto stream) { cuda::muon_update(rule, grad, buf, master, value, work, stream); });
 }
 
 }  // namespace pith

@@ -31,7 +31,8 @@ void adamw_update(Tape& tape, const AdamW& rule, const Tensor& norm, const Tenso
 // for one matrix [r, c] or a batch [b, r, c] of matrices: momentum buf = lerp(buf, g, 1 -
 // momentum), update = lerp(g, buf, momentum) (Nesterov), orthogonalized by five Newton-Schulz
 // iterations with (3.4445, -4.7750, 2.0315) after dividing by the Frobenius norm + 1e-7, scaled by
-// 0.2 sqrt(max(r, c)); master = master (1 - lr wd) - lr update.
+// 0.2 sqrt(max(r, c)); master = master (1 - lr wd) - lr update. On a GPU the iterations multiply in
+// TF32, which moves the update by up to 1% of its largest element.
 struct Muon {
   double lr, momentum, weight_decay, grad_scale;
 };

@@ -1,0 +1,60 @@
+#include "ops/cuda.h"
+#include "ops/cuda_helpers.cuh"
+
+namespace pith::cuda {
+namespace {
+
+template <int V, class T, class Bias>
+__global__ void add_bias(T* y, const Bias* bias, int64_t elements, int64_t n) {
+  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  if (i >= elements) return;
+  float b[V];
+  load<V>(bias + i % n, b);
+  store<V>(y + i, b, true);
+}
+
+// parts[p, j] = the sum of dy[r, j] over the rows p, p + gridDim.y, ...
+template <int V, class T>
+__global__ void sum_columns(const T* dy, int64_t rows, int64_t n, float* parts) {
+  const int64_t j = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  if (j >= n) return;
+  float sum[V] = {};
+  for (int64_t r = blockIdx.y; r < rows; r += gridDim.y) {
+    float v[V];
+    load<V>(dy + r * n + j, v);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum[i] += v[i];
+  }
+  store<V>(parts + blockIdx.y * n + j, sum);
+}
+
+}  // namespace
+
+void add_bias(Tensor y, const Tensor& bias, Stream stream) {
+  const int64_t n = y.dim(1);
+  if (y.numel() == 0) return;
+  by_vector(y.dtype(), n, {y, bias}, [&](auto z, auto v) {
+    by_vector(bias.dtype(), n, {}, [&](auto b, auto) {
+      using T = decltype(z);
+      using Bias = decltype(b);
+      add_bias<v, T, Bias><<<blocks_for(y.numel(), 256 * v), 256, 0, stream>>>(
+          data<T>(y), data<const Bias>(bias), y.numel(), n);
+      check(cudaGetLastError());
+    });
+  });
+}
+
+void bias_gradient(const Tensor& dy, Op::Into db, Tensor parts, Stream stream) {
+  const int64_t rows = dy.dim(0), n = dy.dim(1), count = parts.dim(0);
+  if (n == 0) return;
+  by_vector(dy.dtype(), n, {dy, parts}, [&](auto z, auto v) {
+    using T = decltype(z);
+    const dim3 grid(blocks_for(n, 128 * v), int(count));
+    sum_columns<v><<<grid, 128, 0, stream>>>(data<const T>(dy), rows, n, data<float>(parts));
+    check(cudaGetLastError());
+  });
+  sum_parts(data<const float>(parts), int(count), int(n), int(n), data<float>(db.tensor), db.add,
+            stream);
+}
+
+}  // namespace pith::cuda
