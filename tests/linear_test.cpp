@@ -70,10 +70,10 @@ TEST(Linear, GradientsAdd) {
   check_op(c);
 }
 
-Tensor offsets_of(const std::vector<int32_t>& counts) {
+Tensor offsets_of(const std::vector<int32_t>& counts, Device device = test_device()) {
   std::vector<int32_t> offsets = {0};
   for (int32_t c : counts) offsets.push_back(offsets.back() + c);
-  return ints(offsets);
+  return ints(offsets, device);
 }
 
 // Of each expert 0 to most - 1 rows, ragged.
@@ -221,7 +221,7 @@ struct Bench {
 TEST(GroupedLinear, TailOfGradientIsZeroAndEmptyExpertsAreCleared) {
   for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
     Bench b(dtype, Device::cpu, {3, 4, 2}, 9);
-    const Tensor offsets = offsets_of({2, 0, 3});
+    const Tensor offsets = offsets_of({2, 0, 3}, Device::cpu);
     std::memset(b.w->grad.raw(), 0xff,
                 b.w->grad.nbytes());  // NaN: the first write of a step overwrites
     Tape tape(b.context, true, &b.queue);

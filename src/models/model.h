@@ -33,9 +33,9 @@ struct ModelOptions {
   DType dtype = DType::f32;
   Device device = Device::cpu;
   bool training = true;                   // gradients and masters
-  bool bf16_grads = false;    // main gradients of matrices
   int64_t max_positions = 0;              // rows of the rotary tables
   Balance balance;
+  bool bf16_grads = false;  // main gradients of matrices
 };
 
 // Sums by name over the micro-batches of a step, wide: "expert_count" [moe layers, E],

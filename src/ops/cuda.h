@@ -35,9 +35,9 @@ inline int64_t order_workspace(int64_t pairs, int64_t experts) {
 }
 void order_by_expert(const Tensor& ids, int64_t experts, Tensor offsets, Tensor slots, Tensor pairs,
                      Tensor counts, Stream);
-// to[n] (+)= from[slots[n] / K] for the pairs in use; the tail is zeros.
-void spread_rows(const Tensor& from, const Tensor& slots, const Tensor& offsets, int64_t top_k,
-                 Tensor to, bool add, Stream);
+// to[pairs[t, k]] (+)= from[t]; the tail is zeros.
+void spread_rows(const Tensor& from, const Tensor& pairs, const Tensor& offsets, Tensor to, bool add,
+                 Stream);
 // to[t] (+)= the sum of from[pairs[t, k]] over k, in fp32.
 void collect_rows(const Tensor& from, const Tensor& pairs, Tensor to, bool add, Stream);
 void swiglu(const Tensor& gate_up, const Tensor& weights, const Tensor& slots,

@@ -1,6 +1,3 @@
-#include <cooperative_groups.h>
-
-#include <bit>
 #include <cub/device/device_radix_sort.cuh>
 
 #include "ops/cuda.h"
@@ -10,7 +7,6 @@ namespace pith::cuda {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kLossThreads = 512, kHeld = 5;  // kHeld: pieces of a row that a thread holds
 
 template <class T, int V>
 __global__ void take_rows(const T* w, const int* ids, int rows, int width, T* y) {
@@ -51,25 +47,26 @@ __global__ void add_rows_by_id(const T* dy, const int* ids, const int* token, in
   }
 }
 
-// A cluster of blocks for each row of logits [rows, V], which it holds in registers as far as they go, so that a row is
-// read once; see the CPU kernel.
+// One block for each row of logits [rows, V]; see the CPU kernel.
 template <int V, class T>
-__global__ void __launch_bounds__(kLossThreads, 2)
+__global__ void __launch_bounds__(1024, 2)
     cross_entropy(T* logits, const int* labels, int64_t n, float* loss, bool backward) {
-  __shared__ float2 warps[kLossThreads / 32], all;  // of max, and sum of exp(x - max)
-  const auto cluster = cooperative_groups::this_cluster();
-  const int blocks = int(cluster.num_blocks()), rank = int(cluster.block_rank());
-  const int64_t row = blockIdx.x / blocks, step = int64_t(blocks) * blockDim.x * V;
-  const int64_t first = (int64_t(rank) * blockDim.x + threadIdx.x) * V, rest = first + kHeld * step;
-  const int label = labels[row];
-  T* x = logits + row * n;
+  __shared__ float2 warps[32];  // of max, and sum of exp(x - max)
+  const int label = labels[blockIdx.x];
+  T* x = logits + int64_t(blockIdx.x) * n;
+  const auto for_pieces = [&](auto f) {
+    for (int64_t j = threadIdx.x * V; j < n; j += 1024 * V) {
+      float v[V];
+      load<V>(x + j, v);
+      f(j, v);
+    }
+  };
   if (label < 0) {
-    const float zeros[V] = {};
-    if (first == 0) loss[row] = 0;
-    for (int64_t j = first; backward && j < n; j += step) store<V>(x + j, zeros);
+    if (threadIdx.x == 0) loss[blockIdx.x] = 0;
+    if (backward) for_pieces([&](int64_t j, float (&)[V]) { store<V>(x + j, {}); });
     return;
   }
-  const float own = first == 0 ? float(x[label]) : 0;  // before a gradient takes its place
+  const float own = x[label];
   float high = -INFINITY, sum = 0;
   const auto merge = [&](float other_high, float other_sum) {
     const float top = fmaxf(high, other_high);
@@ -77,61 +74,31 @@ __global__ void __launch_bounds__(kLossThreads, 2)
     sum = sum * __expf(high - top) + other_sum * __expf(other_high - top);
     high = top;
   };
-  const auto merge_values = [&](const float (&v)[V]) {
-    float most = -INFINITY, total = 0;
+  for_pieces([&](int64_t, float (&v)[V]) {
+    float most = v[0];
 #pragma unroll
-    for (int i = 0; i < V; ++i) most = fmaxf(most, v[i]);
+    for (int i = 1; i < V; ++i) most = fmaxf(most, v[i]);
+    if (most > high) merge(most, 0);
 #pragma unroll
-    for (int i = 0; i < V; ++i) total += __expf(v[i] - most);
-    merge(most, total);
+    for (int i = 0; i < V; ++i) sum += high == -INFINITY ? 0 : __expf(v[i] - high);
+  });
+  const auto merge_warp = [&] {
+    for (int d = 16; d > 0; d /= 2)
+      merge(__shfl_xor_sync(~0u, high, d), __shfl_xor_sync(~0u, sum, d));
   };
-  Pack<V, T> held[kHeld];
-#pragma unroll
-  for (int p = 0; p < kHeld; ++p)
-    if (first + p * step < n) held[p] = *reinterpret_cast<const Pack<V, T>*>(x + first + p * step);
-#pragma unroll
-  for (int p = 0; p < kHeld; ++p) {
-    float v[V];
-    load<V>(held[p].at, v);
-    if (first + p * step < n) merge_values(v);
-  }
-  for (int64_t j = rest; j < n; j += step) {
-    float v[V];
-    load<V>(x + j, v);
-    merge_values(v);
-  }
-  for (int d = 16; d > 0; d /= 2)
-    merge(__shfl_xor_sync(~0u, high, d), __shfl_xor_sync(~0u, sum, d));
+  merge_warp();
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = {high, sum};
-  __syncthreads();
-  high = -INFINITY, sum = 0;
-  for (const float2& w : warps) merge(w.x, w.y);
-  if (threadIdx.x == 0) all = {high, sum};
-  cluster.sync();
-  high = -INFINITY, sum = 0;
-  for (int b = 0; b < blocks; ++b) {
-    const float2 other = *cluster.map_shared_rank(&all, b);
-    merge(other.x, other.y);
-  }
-  const float scale = 1 / sum;
-  if (first == 0) loss[row] = logf(sum) + high - own;
-  const auto put = [&](int64_t j, float (&v)[V]) {
+  __syncthreads();  // also before a gradient takes the place of `own`
+  high = warps[threadIdx.x % 32].x, sum = warps[threadIdx.x % 32].y;
+  merge_warp();
+  const float log_sum = logf(sum) + high;
+  if (threadIdx.x == 0) loss[blockIdx.x] = log_sum - own;
+  if (backward)
+    for_pieces([&](int64_t j, float (&v)[V]) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) v[i] = __expf(v[i] - high) * scale - (j + i == label ? 1.0f : 0.0f);
-    store<V>(x + j, v);
-  };
-#pragma unroll
-  for (int p = 0; p < kHeld; ++p) {
-    float v[V];
-    load<V>(held[p].at, v);
-    if (backward && first + p * step < n) put(first + p * step, v);
-  }
-  for (int64_t j = rest; backward && j < n; j += step) {
-    float v[V];
-    load<V>(x + j, v);
-    put(j, v);
-  }
-  cluster.sync();  // the others read this block's memory
+      for (int i = 0; i < V; ++i) v[i] = __expf(v[i] - log_sum) - (j + i == label ? 1.0f : 0.0f);
+      store<V>(x + j, v);
+    });
 }
 
 }  // namespace
@@ -172,18 +139,9 @@ void cross_entropy(Tensor logits, const Tensor& labels, Tensor loss, bool backwa
   const int64_t n = logits.dim(1);
   if (rows == 0) return;
   by_vector(logits.dtype(), n, {logits}, [&](auto z, auto v) {
-    using T = decltype(z);
-    const uint64_t held = uint64_t(kLossThreads) * kHeld * v;  // by a block
-    cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension};
-    cluster.val.clusterDim = {unsigned(std::min<uint64_t>(std::bit_ceil((n + held - 1) / held), 8)),
-                              1, 1};
-    const cudaLaunchConfig_t config{.gridDim = unsigned(rows) * cluster.val.clusterDim.x,
-                                    .blockDim = kLossThreads,
-                                    .stream = stream,
-                                    .attrs = &cluster,
-                                    .numAttrs = 1};
-    check(cudaLaunchKernelEx(&config, cross_entropy<v, T>, data<T>(logits),
-                             data<const int>(labels), n, data<float>(loss), backward));
+    cross_entropy<v><<<rows, 1024, 0, stream>>>(data<decltype(z)>(logits), data<const int>(labels),
+                                                n, data<float>(loss), backward);
+    check(cudaGetLastError());
   });
 }
 

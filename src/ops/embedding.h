@@ -18,7 +18,7 @@ struct HeadLoss {
 // labels i32 [T] below V. Chunked over tokens, so [T, V] logits never exist. While recording, the
 // *sum* gradient of x and of w is made in the forward: w's goes straight into its main gradient,
 // and backward hands out x's. The seed of `sum` must be 1 then; any other multiplies x's gradient
-// and is refused if w has one.
+// and is refused if w has one. On a GPU the seed is not read: that would wait for it.
 HeadLoss head_loss(Tape& tape, const Tensor& x, Param& w, const Tensor& labels,
                    Loc at = Loc::current());
 

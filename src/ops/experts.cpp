@@ -68,8 +68,7 @@ static void move(Op& op, const Tensor& from, const ExpertOrder& order, Op::Into 
       },
       [&](auto stream) {
         if (gather)
-          cuda::spread_rows(from, order.slots, order.offsets, order.pairs.dim(1), to.tensor, to.add,
-                            stream);
+          cuda::spread_rows(from, order.pairs, order.offsets, to.tensor, to.add, stream);
         else
           cuda::collect_rows(from, order.pairs, to.tensor, to.add, stream);
       });

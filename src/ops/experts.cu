@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kWarps = 8;     // of a block that works row by row
 constexpr int kChunk = 1024;  // pairs that a block sorts
-constexpr int kMaxExperts = 512, kAhead = 4;
+constexpr int kMaxExperts = 512;
 
 // counts[chunk][expert], of consecutive chunks of ids.
 __global__ void count_chunks(const int* ids, int pairs, int experts, int* counts) {
@@ -71,25 +71,22 @@ __global__ void place(const int* ids, int pairs, int experts, const int* begin, 
   if (i >= offsets[experts]) slots[i] = -1;  // nobody's place
 }
 
-// to[slot of pair n] (+)= from[row of the slot]: a row for each of its pairs; the unused tail is zeros.
+// to[n] (+)= from[t] for each pair n of row t, which is read once; rows from `used` on become zeros.
 template <class T, int V>
-__global__ void spread_rows(const T* from, const int* slots, const int* used, int pairs, int top_k,
+__global__ void spread_rows(const T* from, const int* pair_of, const int* used, int rows, int top_k,
                             int width, T* to, bool add) {
-  const int lane = threadIdx.x % 32;
-  for (int n = blockIdx.x * kWarps + threadIdx.x / 32; n < pairs; n += gridDim.x * kWarps) {
-    const bool real = n < *used;
-    const T* row = from + (real ? int64_t(slots[n] / top_k) : 0) * width;
-    for (int begin = lane * V; begin < width; begin += kAhead * 32 * V) {
-      float v[kAhead][V] = {};  // loaded before the first is stored
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (const int j = begin + i * 32 * V; real && j < width) load<V>(row + j, v[i]);
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (const int j = begin + i * 32 * V; j < width && (real || !add))
-          store<V>(to + int64_t(n) * width + j, v[i], add);
+  const int lane = threadIdx.x % 32, warps = gridDim.x * kWarps,
+            first = blockIdx.x * kWarps + threadIdx.x / 32;
+  for (int t = first; t < rows; t += warps)
+    for (int j = lane * V; j < width; j += 32 * V) {
+      float v[V];
+      load<V>(from + int64_t(t) * width + j, v);
+      for (int k = 0; k < top_k; ++k)
+        if (const int n = pair_of[int64_t(t) * top_k + k]; n >= 0)
+          store<V>(to + int64_t(n) * width + j, v, add);
     }
-  }
+  for (int n = *used + first; !add && n < rows * top_k; n += warps)
+    for (int j = lane * V; j < width; j += 32 * V) store<V>(to + int64_t(n) * width + j, {});
 }
 
 // to[t] (+)= the sum of its pairs' rows, in order of choice.
@@ -184,15 +181,15 @@ void order_by_expert(const Tensor& ids, int64_t experts, Tensor offsets, Tensor 
   check(cudaGetLastError());
 }
 
-void spread_rows(const Tensor& from, const Tensor& slots, const Tensor& offsets, int64_t top_k,
-                 Tensor to, bool add, Stream stream) {
-  const int width = int(to.dim(1)), pairs = int(to.dim(0));
-  if (pairs == 0) return;
+void spread_rows(const Tensor& from, const Tensor& pairs, const Tensor& offsets, Tensor to, bool add,
+                 Stream stream) {
+  const int width = int(to.dim(1)), rows = int(from.dim(0));
+  if (rows == 0) return;
   by_vector(to.dtype(), width, {from, to}, [&](auto z, auto v) {
     using T = decltype(z);
-    spread_rows<T, v><<<row_blocks(pairs), 32 * kWarps, 0, stream>>>(
-        data<const T>(from), data<const int>(slots), used_of(offsets), pairs, int(top_k), width,
-        data<T>(to), add);
+    spread_rows<T, v><<<row_blocks(rows), 32 * kWarps, 0, stream>>>(
+        data<const T>(from), data<const int>(pairs), used_of(offsets), rows, int(pairs.dim(1)),
+        width, data<T>(to), add);
     check(cudaGetLastError());
   });
 }

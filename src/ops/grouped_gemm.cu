@@ -94,11 +94,11 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
     if (lane == 0) s.tile_begin[p.experts] = before;
   }
 
-  // Tiles are asked for in rising order.
-  __device__ int expert_of(int tile) {
+  // -1 behind the last; `from` is not behind it.
+  __device__ int expert_of(int tile, int from) const {
     if (tile >= s.tile_begin[p.experts]) return -1;
-    while (s.tile_begin[expert + 1] <= tile) ++expert;
-    return expert;
+    while (s.tile_begin[from + 1] <= tile) ++from;
+    return from;
   }
 
   // Columns fastest: clusters that run at the same time share rows and weights in L2.
@@ -106,8 +106,10 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
     const int n = unit % n_blocks * kN, pair = unit / n_blocks;
     if constexpr (kRowsAreK)
       return {pair / m_pairs, (pair % m_pairs * 2 + rank) * kM, p.m, n, true};
-    const int first = expert_of(2 * pair), second = expert_of(2 * pair + 1);
-    const int tile = 2 * pair + rank, e = rank ? second : first;
+    const int first = expert_of(2 * pair, expert);  // pairs never fall
+    if (first >= 0) expert = first;
+    const int second = expert_of(2 * pair + 1, expert), tile = 2 * pair + rank,
+              e = rank ? second : first;
     if (e < 0) return {-1, 0, 0, n, false};
     const int* offsets = p.segment[0].offsets;
     return {e, offsets[e] + (tile - s.tile_begin[e]) * kM, offsets[e + 1], n, first == second};
