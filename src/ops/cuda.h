@@ -116,11 +116,12 @@ void add_bias(Tensor y, const Tensor& bias, Stream);
 inline int64_t bias_parts(int64_t rows) { return std::clamp<int64_t>(rows / 8, 1, 64); }
 void bias_gradient(const Tensor& dy, Op::Into db, Tensor parts, Stream);
 
-// attention_cudnn.cpp. bf16, heads of up to 256 channels, a multiple of 8; no documents. stats: fp32 [B, Hq, S].
+// attention_cudnn.cpp. bf16, heads of up to 256 channels, a multiple of 8; sequences of two
+// tokens at least; no documents. stats: fp32 [B, Hq, S].
 // Backward adds to dq by atomics unless `deterministic`, which keeps the scores instead: [B, Hq, S, S] bf16.
 inline bool attention_fits(const Tensor& qkv, const AttentionShape& shape) {
   return qkv.dtype() == DType::bf16 && shape.head_dim % 8 == 0 && shape.head_dim <= 256 &&
-         qkv.numel() > 0;
+         shape.batch > 0 && shape.sequence > 1;
 }
 void attention(const Tensor& qkv, const AttentionShape& shape, float scale, int64_t window,
                Tensor y, Tensor stats, Stream);

@@ -9,6 +9,7 @@ namespace {
 constexpr int kWarps = 8;     // of a block that works row by row
 constexpr int kChunk = 1024;  // pairs that a block sorts
 constexpr int kMaxExperts = 512;
+constexpr int kHeld = 8;  // pieces of a row that a lane holds
 
 // counts[chunk][expert], of consecutive chunks of ids.
 __global__ void count_chunks(const int* ids, int pairs, int experts, int* counts) {
@@ -71,19 +72,27 @@ __global__ void place(const int* ids, int pairs, int experts, const int* begin, 
   if (i >= offsets[experts]) slots[i] = -1;  // nobody's place
 }
 
-// to[n] (+)= from[t] for each pair n of row t, which is read once; rows from `used` on become zeros.
+// to[n] (+)= from[t] for each pair n of row t, which is read once and written a whole row at a time; rows from `used` on
+// become zeros.
 template <class T, int V>
 __global__ void spread_rows(const T* from, const int* pair_of, const int* used, int rows, int top_k,
                             int width, T* to, bool add) {
   const int lane = threadIdx.x % 32, warps = gridDim.x * kWarps,
             first = blockIdx.x * kWarps + threadIdx.x / 32;
   for (int t = first; t < rows; t += warps)
-    for (int j = lane * V; j < width; j += 32 * V) {
-      float v[V];
-      load<V>(from + int64_t(t) * width + j, v);
-      for (int k = 0; k < top_k; ++k)
-        if (const int n = pair_of[int64_t(t) * top_k + k]; n >= 0)
-          store<V>(to + int64_t(n) * width + j, v, add);
+    for (int begin = lane * V; begin < width; begin += kHeld * 32 * V) {
+      float v[kHeld][V];
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i)
+        if (const int j = begin + i * 32 * V; j < width)
+          load<V>(from + int64_t(t) * width + j, v[i]);
+      for (int k = 0; k < top_k; ++k) {
+        const int n = pair_of[int64_t(t) * top_k + k];
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i)
+          if (const int j = begin + i * 32 * V; n >= 0 && j < width)
+            store<V>(to + int64_t(n) * width + j, v[i], add);
+      }
     }
   for (int n = *used + first; !add && n < rows * top_k; n += warps)
     for (int j = lane * V; j < width; j += 32 * V) store<V>(to + int64_t(n) * width + j, {});

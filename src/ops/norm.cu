@@ -56,6 +56,7 @@ __global__ void backward(const T* x, const T* dy, const T* dsum, const T* w, con
     const int64_t row = r * h;
     const float scale = rstd[r];
     float v[kPieces][V], g[kPieces][V], dot = 0;
+    Pack<V, T> extra[kPieces];
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
       const int j = (p * blockDim.x + threadIdx.x) * V;
@@ -63,6 +64,7 @@ __global__ void backward(const T* x, const T* dy, const T* dsum, const T* w, con
       float weight[V];
       load<V>(x + row + j, v[p]);
       load<V>(dy + row + j, g[p]);
+      if (dsum) extra[p] = *reinterpret_cast<const Pack<V, T>*>(dsum + row + j);
       load<V>(w + j, weight);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -77,10 +79,9 @@ __global__ void backward(const T* x, const T* dy, const T* dsum, const T* w, con
     for (int p = 0; p < kPieces; ++p) {
       const int j = (p * blockDim.x + threadIdx.x) * V;
       if (j >= h) break;
-      float extra[V] = {};
-      if (dsum) load<V>(dsum + row + j, extra);
 #pragma unroll
-      for (int i = 0; i < V; ++i) g[p][i] = g[p][i] * scale - v[p][i] * mean + extra[i];
+      for (int i = 0; i < V; ++i)
+        g[p][i] = g[p][i] * scale - v[p][i] * mean + (dsum ? float(extra[p].at[i]) : 0);
       if (dx.to) store<V>(dx.to + row + j, g[p], dx.add);
       if (ddelta.to) store<V>(ddelta.to + row + j, g[p], ddelta.add);
     }

@@ -12,7 +12,8 @@ constexpr int kWarps = 8;
 constexpr int kMaxPairs = 8;  // that a lane holds of V channels each: heads of up to 512 channels
 
 template <class T> struct Call {
-  const T *x, *wq, *wk;
+  const T* __restrict__ x;
+  const T *wq, *wk;
   const float *cos, *sin;
   const int* positions;
   int64_t tokens;
@@ -33,150 +34,173 @@ template <class T> struct Call {
   }
 };
 
-// Rotates pair p; `sign` -1 rotates back.
-template <class T, int V>
-__device__ void rotate(const Call<T>& c, int64_t table, int p, float sign, float (&a)[V],
-                       float (&b)[V]) {
-  float cos[V], sin[V];
-  load<V>(c.cos + table + p, cos);
-  load<V>(c.sin + table + p, sin);
+// What a lane holds of a head.
+template <class T, int V, int kPairs> struct Pieces {
+  Pack<V, T> low[kPairs], high[kPairs];
+
+  // From where channel 0 of the head lies; nothing of a head that is not there.
+  __device__ void read(const Call<T>& c, const T* head, int lane, bool real) {
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const float x = a[v], s = sign * sin[v];
-    a[v] = x * cos[v] - b[v] * s;
-    b[v] = b[v] * cos[v] + x * s;
+    for (int i = 0; i < kPairs; ++i) {
+      const int p = (i * c.lanes + lane) * V;
+      if (!real || p >= c.dim / 2) break;
+      low[i] = *reinterpret_cast<const Pack<V, T>*>(head + c.low_of(p));
+      high[i] = *reinterpret_cast<const Pack<V, T>*>(head + c.high_of(p));
+    }
   }
-}
-
-// One head of one token as a group of lanes sees it. Past the last item nothing is loaded or stored, but the lanes take
-// part in the sums.
-template <class T> struct Item {
-  bool real;
-  int h;
-  int64_t at, table;  // element of the head; row of the tables
-  const T* weight;
-
-  __device__ Item(const Call<T>& c, int64_t item)
-      : real(item < c.tokens * c.all_heads()),
-        h(int(item % c.all_heads())),
-        at(item * c.dim),
-        table(real && c.rotated(h) ? int64_t(c.positions[item / c.all_heads()]) * c.half : 0),
-        weight(c.weight(h)) {}
-  __device__ bool has(const Call<T>& c, int p) const { return real && p < c.dim / 2; }
 };
 
-template <int V, int kPairs, class T> __global__ void forward(const Call<T> c, T* y) {
-  const int groups = 32 / c.lanes, lane = threadIdx.x % c.lanes;
-  const int64_t group = int64_t(blockIdx.x) * kWarps * groups + threadIdx.x / c.lanes;
-  const Item<T> item(c, group);
-  float a[kPairs][V], b[kPairs][V], squares = 0;
+// Of one token: the factors of the pairs that a lane holds; what is not rotated has 1 and 0.
+template <class T, int V, int kPairs> struct Turn {
+  float cos[kPairs][V], sin[kPairs][V];
+
+  __device__ Turn(const Call<T>& c, int64_t t, int lane) {
+    const int64_t row = int64_t(c.positions[t]) * c.half;
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    const int p = (i * c.lanes + lane) * V;
-    if (!item.has(c, p)) break;
-    load<V>(c.x + item.at + c.low_of(p), a[i]);
-    load<V>(c.x + item.at + c.high_of(p), b[i]);
-#pragma unroll
-    for (int v = 0; v < V; ++v) squares += a[i][v] * a[i][v] + b[i][v] * b[i][v];
-  }
-  const float r = 1 / sqrtf(c.group_sum(squares) / c.dim + c.eps);
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    const int p = (i * c.lanes + lane) * V;
-    if (!item.has(c, p)) break;
-    if (item.weight) {
-      float wa[V], wb[V];
-      load<V>(item.weight + c.low_of(p), wa);
-      load<V>(item.weight + c.high_of(p), wb);
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        a[i][v] = rounded<T>(rounded<T>(a[i][v] * r) * wa[v]);
-        b[i][v] = rounded<T>(rounded<T>(b[i][v] * r) * wb[v]);
-      }
+    for (int i = 0; i < kPairs; ++i) {
+      const int p = (i * c.lanes + lane) * V;
+      for (int v = 0; v < V; ++v) cos[i][v] = 1, sin[i][v] = 0;
+      if (p < c.half) load<V>(c.cos + row + p, cos[i]), load<V>(c.sin + row + p, sin[i]);
     }
-    if (c.rotated(item.h) && p < c.half) rotate(c, item.table, p, 1, a[i], b[i]);
-    store<V>(y + item.at + c.low_of(p), a[i]);
-    store<V>(y + item.at + c.high_of(p), b[i]);
+  }
+  // `sign` -1 turns back.
+  __device__ void apply(int i, float sign, float (&a)[V], float (&b)[V]) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const float x = a[v], s = sign * sin[i][v];
+      a[v] = x * cos[i][v] - b[v] * s;
+      b[v] = b[v] * cos[i][v] + x * s;
+    }
+  }
+};
+
+// A warp works on a token, its groups of lanes on every 32 / lanes'th head; the next one is read while one is computed.
+template <int V, int kPairs, class T> __global__ void forward(const Call<T> c, T* y) {
+  const int groups = 32 / c.lanes, lane = threadIdx.x % c.lanes,
+            group = threadIdx.x % 32 / c.lanes, heads = c.all_heads();
+  const int64_t t = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (t >= c.tokens) return;
+  const Turn<T, V, kPairs> turn(c, t, lane);
+  const T* token = c.x + t * heads * c.dim;
+  Pieces<T, V, kPairs> next;
+  next.read(c, token + group * c.dim, lane, group < heads);
+  for (int first = 0; first < heads; first += groups) {
+    const int h = first + group;
+    const Pieces<T, V, kPairs> x = next;
+    next.read(c, token + (h + groups) * c.dim, lane, h + groups < heads);
+    float a[kPairs][V], b[kPairs][V], squares = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      if (h >= heads || (i * c.lanes + lane) * V >= c.dim / 2) break;
+      load<V>(x.low[i].at, a[i]);
+      load<V>(x.high[i].at, b[i]);
+#pragma unroll
+      for (int v = 0; v < V; ++v) squares += a[i][v] * a[i][v] + b[i][v] * b[i][v];
+    }
+    const float r = 1 / sqrtf(c.group_sum(squares) / c.dim + c.eps);
+    const T* weight = c.weight(h);
+    T* out = y + (t * heads + h) * c.dim;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int p = (i * c.lanes + lane) * V;
+      if (h >= heads || p >= c.dim / 2) break;
+      if (weight) {
+        float wa[V], wb[V];
+        load<V>(weight + c.low_of(p), wa);
+        load<V>(weight + c.high_of(p), wb);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          a[i][v] = rounded<T>(rounded<T>(a[i][v] * r) * wa[v]);
+          b[i][v] = rounded<T>(rounded<T>(b[i][v] * r) * wb[v]);
+        }
+      }
+      if (c.rotated(h)) turn.apply(i, 1, a[i], b[i]);
+      store<V>(out + c.low_of(p), a[i]);
+      store<V>(out + c.high_of(p), b[i]);
+    }
   }
 }
 
-// parts [blocks, 2, D]: each block's sums for the weights of q and k.
+// parts [blocks, 2, D]: each block's sums for the weights of q and k. All heads of q, then those of k, then those of v.
 template <int V, int kPairs, class T>
-__global__ void backward(const Call<T> c, const T* dy, T* dx, bool add, float* parts) {
+__global__ void __launch_bounds__(32 * kWarps, kPairs == 1 ? 2 : 1)
+    backward(const Call<T> c, const T* dy, T* dx, bool add, float* parts) {
   extern __shared__ float sums[];  // [groups of the block][2][D]
-  const int groups = kWarps * 32 / c.lanes, lane = threadIdx.x % c.lanes,
-            group = threadIdx.x / c.lanes;
-  float dw[2][kPairs][2][V] = {};
-  const int64_t items = c.tokens * c.all_heads();
-  for (int64_t first = int64_t(blockIdx.x) * groups; first < items;
-       first += int64_t(gridDim.x) * groups) {
-    const Item<T> item(c, first + group);
-    float a[kPairs][V], b[kPairs][V], da[kPairs][V], db[kPairs][V], squares = 0;
+  const int groups = 32 / c.lanes, lane = threadIdx.x % c.lanes,
+            group = threadIdx.x % 32 / c.lanes, heads = c.all_heads();
+  const int end_of[] = {c.heads, c.heads + c.kv_heads, heads};
+#pragma unroll 1
+  for (int which = 0, begin = 0; which < 3; begin = end_of[which++]) {
+    const int end = end_of[which];
+    const T* weight = c.weight(begin);
+    float dw[kPairs][2][V] = {};
+    for (int64_t t = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; t < c.tokens;
+         t += int64_t(gridDim.x) * kWarps) {
+      const Turn<T, V, kPairs> turn(c, t, lane);
+      for (int first = begin; first < end; first += groups) {
+        const int h = first + group;
+        const int64_t at = (t * heads + h) * c.dim;
+        Pieces<T, V, kPairs> x, g;
+        g.read(c, dy + at, lane, h < end);
+        x.read(c, c.x + at, lane, h < end && weight);
+        float a[kPairs][V], b[kPairs][V], da[kPairs][V], db[kPairs][V], squares = 0;
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int p = (i * c.lanes + lane) * V;
-      if (!item.has(c, p)) break;
-      load<V>(dy + item.at + c.low_of(p), da[i]);
-      load<V>(dy + item.at + c.high_of(p), db[i]);
-      if (item.weight) {
-        load<V>(c.x + item.at + c.low_of(p), a[i]);
-        load<V>(c.x + item.at + c.high_of(p), b[i]);
+        for (int i = 0; i < kPairs; ++i) {
+          if (h >= end || (i * c.lanes + lane) * V >= c.dim / 2) break;
+          load<V>(x.low[i].at, a[i]);
+          load<V>(x.high[i].at, b[i]);
+          load<V>(g.low[i].at, da[i]);
+          load<V>(g.high[i].at, db[i]);
+          if (which < 2) turn.apply(i, -1, da[i], db[i]);
 #pragma unroll
-        for (int v = 0; v < V; ++v) squares += a[i][v] * a[i][v] + b[i][v] * b[i][v];
+          for (int v = 0; v < V; ++v) squares += a[i][v] * a[i][v] + b[i][v] * b[i][v];
+        }
+        const float r = 1 / sqrtf(c.group_sum(squares) / c.dim + c.eps);
+        float mean = 0;
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          const int p = (i * c.lanes + lane) * V;
+          if (h >= end || p >= c.dim / 2 || !weight) break;
+          float wa[V], wb[V];
+          load<V>(weight + c.low_of(p), wa);
+          load<V>(weight + c.high_of(p), wb);
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            dw[i][0][v] += da[i][v] * rounded<T>(a[i][v] * r);
+            dw[i][1][v] += db[i][v] * rounded<T>(b[i][v] * r);
+            da[i][v] *= wa[v];
+            db[i][v] *= wb[v];
+            mean += (da[i][v] * a[i][v] + db[i][v] * b[i][v]) * r;
+          }
+        }
+        mean = c.group_sum(mean) * r / c.dim;
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          const int p = (i * c.lanes + lane) * V;
+          if (h >= end || p >= c.dim / 2) break;
+#pragma unroll
+          for (int v = 0; weight && v < V; ++v) {
+            da[i][v] = r * (da[i][v] - mean * a[i][v]);
+            db[i][v] = r * (db[i][v] - mean * b[i][v]);
+          }
+          store<V>(dx + at + c.low_of(p), da[i], add);
+          store<V>(dx + at + c.high_of(p), db[i], add);
+        }
       }
-      if (c.rotated(item.h) && p < c.half) rotate(c, item.table, p, -1, da[i], db[i]);
     }
-    const float r = 1 / sqrtf(c.group_sum(squares) / c.dim + c.eps);
-    float mean = 0;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int p = (i * c.lanes + lane) * V;
-      if (!item.has(c, p) || !item.weight) break;
-      const float is_q = item.h < c.heads;
-      float wa[V], wb[V];
-      load<V>(item.weight + c.low_of(p), wa);
-      load<V>(item.weight + c.high_of(p), wb);
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const float ga = da[i][v] * rounded<T>(a[i][v] * r),
-                    gb = db[i][v] * rounded<T>(b[i][v] * r);
-        dw[0][i][0][v] += is_q * ga;
-        dw[0][i][1][v] += is_q * gb;
-        dw[1][i][0][v] += (1 - is_q) * ga;
-        dw[1][i][1][v] += (1 - is_q) * gb;
-        da[i][v] *= wa[v];
-        db[i][v] *= wb[v];
-        mean += (da[i][v] * a[i][v] + db[i][v] * b[i][v]) * r;
-      }
-    }
-    mean = c.group_sum(mean) * r / c.dim;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int p = (i * c.lanes + lane) * V;
-      if (!item.has(c, p)) break;
-#pragma unroll
-      for (int v = 0; item.weight && v < V; ++v) {
-        da[i][v] = r * (da[i][v] - mean * a[i][v]);
-        db[i][v] = r * (db[i][v] - mean * b[i][v]);
-      }
-      store<V>(dx + item.at + c.low_of(p), da[i], add);
-      store<V>(dx + item.at + c.high_of(p), db[i], add);
+      if (p >= c.dim / 2 || which == 2) break;
+      float* to = sums + (threadIdx.x / c.lanes * 2 + which) * c.dim;
+      store<V>(to + c.low_of(p), dw[i][0]);
+      store<V>(to + c.high_of(p), dw[i][1]);
     }
   }
-#pragma unroll
-  for (int which = 0; which < 2; ++which)
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int p = (i * c.lanes + lane) * V;
-      if (p >= c.dim / 2) break;
-      float* to = sums + (group * 2 + which) * c.dim;
-      store<V>(to + c.low_of(p), dw[which][i][0]);
-      store<V>(to + c.high_of(p), dw[which][i][1]);
-    }
   __syncthreads();
   for (int j = threadIdx.x; j < 2 * c.dim; j += blockDim.x) {
     float sum = 0;
-    for (int i = 0; i < groups; ++i) sum += sums[i * 2 * c.dim + j];
+    for (int i = 0; i < kWarps * groups; ++i) sum += sums[i * 2 * c.dim + j];
     parts[int64_t(blockIdx.x) * 2 * c.dim + j] = sum;
   }
 }
@@ -219,9 +243,8 @@ template <class F> bool with_call(const QkNormRope& q, F f) {
 bool qk_norm_rope(const QkNormRope& q, Tensor y, Stream stream) {
   if (y.numel() == 0) return true;
   return with_call(q, [&]<class T>(const Call<T>& call, auto v, auto pairs) {
-    const int64_t items = q.qkv.numel() / q.shape.head_dim;
     forward<v, pairs>
-        <<<blocks_for(items, kWarps * 32 / call.lanes), 32 * kWarps, 0, stream>>>(call, data<T>(y));
+        <<<blocks_for(call.tokens, kWarps), 32 * kWarps, 0, stream>>>(call, data<T>(y));
     check(cudaGetLastError());
   });
 }
