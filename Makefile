@@ -56,7 +56,7 @@ build-times: build-times/build.ninja
 build/build.ninja: | setup
 	@cmake -S . -B build -G Ninja >/dev/null
 build-cuda/build.ninja: | setup-cuda
-	@cmake -S . -B build-cuda -G Ninja -DPITH_CUDA=ON -DPITH_MARCH=x86-64-v3 -DPITH_CUDNN_FRONTEND=$(CURDIR)/deps/include >/dev/null
+	@PATH="$$PATH:/usr/local/cuda/bin" cmake -S . -B build-cuda -G Ninja -DPITH_CUDA=ON -DPITH_MARCH=x86-64-v3 -DPITH_CUDNN_FRONTEND=$(CURDIR)/deps/include >/dev/null
 build-asan/build.ninja: | setup
 	@cmake -S . -B build-asan -G Ninja -DPITH_SANITIZE=ON >/dev/null
 build-times/build.ninja: | setup

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that the build needs, if any is missing; otherwise does nothing, fast.
+# setup.sh [PACKAGE...]: installs the Debian packages that the build needs, and those named, if any is missing; otherwise
+# does nothing, fast.
 set -euo pipefail
 
 packages=(
@@ -9,6 +10,7 @@ packages=(
   libonig-dev libutf8proc-dev libzstd-dev zlib1g-dev   # tokenizer, compressed corpora
   libarchive-dev                                        # .npz
   libgtest-dev libbenchmark-dev
+  "$@"
 )
 
 if ! command -v dpkg-query >/dev/null; then

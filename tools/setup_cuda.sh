@@ -11,17 +11,13 @@ if ! command -v nvcc >/dev/null; then
   exit 1
 fi
 [ -e deps/include/cudnn_frontend.h ] && exit 0
-python=$(command -v python3 || true)
-if [ -z "$python" ] || ! "$python" -m pip --version >/dev/null 2>&1; then
-  echo "setup: fetching cudnn-frontend needs python3 with pip: apt-get install python3-pip" >&2
-  exit 1
-fi
+python3 -m pip --version >/dev/null 2>&1 || tools/setup.sh python3-pip
 echo "fetching the headers of nvidia-cudnn-frontend $version"
 wheels=$(mktemp -d)
 trap 'rm -rf "$wheels"' EXIT
-"$python" -m pip download -q --no-deps -d "$wheels" "nvidia-cudnn-frontend==$version"
+python3 -m pip download -q --no-deps -d "$wheels" "nvidia-cudnn-frontend==$version"
 mkdir -p deps
-"$python" - "$wheels" <<'END'
+python3 - "$wheels" <<'END'
 import glob, sys, zipfile
 with zipfile.ZipFile(glob.glob(sys.argv[1] + "/*.whl")[0]) as wheel:
     wheel.extractall("deps", [name for name in wheel.namelist() if name.startswith("include/")])

@@ -33,10 +33,18 @@ static std::string place_of(const std::string& name) {
   return at == maps.npos ? "linked statically" : maps.substr(begin, maps.find('\n', at) - begin);
 }
 
+// Where a run would find it too.
+static bool is_found(const char* library) {
+  try {
+    return cuda::load_library(library) != nullptr;
+  } catch (const Error&) {
+    return false;
+  }
+}
+
 // For GPUs and for several processes: name, file, package.
 constexpr const char* kOptional[][3] = {
     {"CUDA driver", "libcuda.so.1", "nvidia-driver"},
-    {"CUDA run time", "libcudart.so.13", "cuda-cudart-13-0"},
     {"cuBLASLt", "libcublasLt.so.13", "libcublas-13-0"},
     {"cuDNN", "libcudnn.so.9", "libcudnn9-cuda-13"},
     {"NCCL", "libnccl.so.2", "libnccl2"},
@@ -60,12 +68,14 @@ int run_doctor() {
   fmt::print(
       "\noptional: GPU (nvidia-driver is in Debian non-free, the rest in NVIDIA's apt "
       "repository) and several processes\n");
-  const bool gpu = ::access("/dev/nvidiactl", F_OK) == 0;
-  print_row("NVIDIA GPU", gpu ? "with a driver" : "none with a driver");
+  const bool driver = ::access("/dev/nvidiactl", F_OK) == 0;
+  print_row("NVIDIA GPU", cuda::is_available() ? "usable"
+                          : !driver            ? "none with a driver"
+                          : cuda::kBuilt       ? "not one that this program runs on"
+                                               : "with a driver; make build-cuda makes use of it");
   for (const auto& [name, file, package] : kOptional)
-    print_row(name, ::dlopen(file, RTLD_LAZY)
-                        ? place_of(file)
-                        : fmt::format("missing: apt-get install {}", package));
+    print_row(name, is_found(file) ? place_of(file)
+                                   : fmt::format("missing: apt-get install {}", package));
 
   // A library that is linked and missing keeps the program from starting; the rest is checked here.
   const char* verdict = "ready: the CPU path is complete";

@@ -74,26 +74,24 @@ template <class T, int V, int kPairs> struct Turn {
   }
 };
 
-// A warp works on a token, its groups of lanes on every 32 / lanes'th head; the next one is read while one is computed.
+// A group of lanes works on two heads of a token.
 template <int V, int kPairs, class T> __global__ void forward(const Call<T> c, T* y) {
-  const int groups = 32 / c.lanes, lane = threadIdx.x % c.lanes,
-            group = threadIdx.x % 32 / c.lanes, heads = c.all_heads();
-  const int64_t t = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (t >= c.tokens) return;
-  const Turn<T, V, kPairs> turn(c, t, lane);
-  const T* token = c.x + t * heads * c.dim;
-  Pieces<T, V, kPairs> next;
-  next.read(c, token + group * c.dim, lane, group < heads);
-  for (int first = 0; first < heads; first += groups) {
-    const int h = first + group;
-    const Pieces<T, V, kPairs> x = next;
-    next.read(c, token + (h + groups) * c.dim, lane, h + groups < heads);
+  const int lane = threadIdx.x % c.lanes, heads = c.all_heads(), twos = (heads + 1) / 2;
+  const int64_t item = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / c.lanes, t = item / twos;
+  const int h0 = int(item % twos) * 2;
+  Pieces<T, V, kPairs> x[2];
+  for (int u = 0; u < 2; ++u)
+    x[u].read(c, c.x + (t * heads + h0 + u) * c.dim, lane, t < c.tokens && h0 + u < heads);
+  const Turn<T, V, kPairs> turn(c, min(t, c.tokens - 1), lane);
+#pragma unroll
+  for (int u = 0; u < 2; ++u) {
+    const int h = h0 + u;
     float a[kPairs][V], b[kPairs][V], squares = 0;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      if (h >= heads || (i * c.lanes + lane) * V >= c.dim / 2) break;
-      load<V>(x.low[i].at, a[i]);
-      load<V>(x.high[i].at, b[i]);
+      if ((i * c.lanes + lane) * V >= c.dim / 2) break;
+      load<V>(x[u].low[i].at, a[i]);
+      load<V>(x[u].high[i].at, b[i]);
 #pragma unroll
       for (int v = 0; v < V; ++v) squares += a[i][v] * a[i][v] + b[i][v] * b[i][v];
     }
@@ -103,7 +101,7 @@ template <int V, int kPairs, class T> __global__ void forward(const Call<T> c, T
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int p = (i * c.lanes + lane) * V;
-      if (h >= heads || p >= c.dim / 2) break;
+      if (t >= c.tokens || h >= heads || p >= c.dim / 2) break;
       if (weight) {
         float wa[V], wb[V];
         load<V>(weight + c.low_of(p), wa);
@@ -243,8 +241,9 @@ template <class F> bool with_call(const QkNormRope& q, F f) {
 bool qk_norm_rope(const QkNormRope& q, Tensor y, Stream stream) {
   if (y.numel() == 0) return true;
   return with_call(q, [&]<class T>(const Call<T>& call, auto v, auto pairs) {
+    const int64_t items = call.tokens * ((call.heads + 2 * call.kv_heads + 1) / 2);
     forward<v, pairs>
-        <<<blocks_for(call.tokens, kWarps), 32 * kWarps, 0, stream>>>(call, data<T>(y));
+        <<<blocks_for(items * call.lanes, 32 * kWarps), 32 * kWarps, 0, stream>>>(call, data<T>(y));
     check(cudaGetLastError());
   });
 }
