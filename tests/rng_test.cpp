@@ -6,6 +6,7 @@
 #include <set>
 
 #include "core/param.h"
+#include "op_testing.h"
 
 namespace pith {
 namespace {
@@ -74,6 +75,20 @@ TEST(Init, DependsOnNameSeedAndElementAlone) {
   EXPECT_EQ(b.value.to_vector<float>(), b.master().to(DType::bf16, "w").to_vector<float>());
   alone.initialize(6, 0.02);
   EXPECT_NE(both.master().row_range(1, 2).to_vector<float>(), b.master().to_vector<float>());
+}
+
+TEST(Init, EveryDeviceMakesTheSameBits) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    std::vector<std::vector<float>> found;
+    for (const Device device : {Device::cpu, test_device()}) {
+      ParamSet params;
+      Param& p = params.add({.name = "w", .shape = {301, 77}});
+      params.allocate(dtype, device, true);
+      params.initialize(3, 0.02);
+      found.push_back(p.master().to_vector<float>());
+    }
+    EXPECT_EQ(found[0], found[1]);
+  }
 }
 
 TEST(ParamSet, RefusesPiecesThatDoNotFill) {

@@ -67,7 +67,7 @@ find_sanitizer() {
 
 # Suites of ops; of each test what has no GPU in it runs on the CPU.
 part "op tests" tests 'Gemm.*:Linear.*:GroupedLinear.*:FlushWgrads.*:Attention.*:QkNormRope.*:Embedding.*:HeadLoss.*:'\
-'OrderByExpert.*:Experts.*:Router.*:RmsNorm.*:AddRmsNorm.*:Basic.*:SumOfSquares.*:AdamW.*:Muon.*:Optimizer.*'
+'OrderByExpert.*:Experts.*:Router.*:RmsNorm.*:AddRmsNorm.*:Basic.*:SumOfSquares.*:AdamW.*:Muon.*:Optimizer.*:Init.*'
 for dtype in fp32 bf16; do
   if [ -e "$golden/qwen3_moe/golden.safetensors" ]; then
     part "golden model, $dtype" golden_model $dtype

@@ -72,10 +72,13 @@ void Op::run(Cost cost, const std::function<void()>& cpu, const OnGpu& gpu) {
       cpu();
     else if (!gpu || !on_gpu() || !gpu(cuda::stream()))
       run_on_host(name_, cpu);
+    if (c.sync && c.device == Device::cuda) cuda::synchronize();
   } catch (const OpError&) {
     throw;
   } catch (const std::exception& e) {
-    reject(e.what());
+    const bool late =
+        c.device == Device::cuda && !c.sync && std::string_view(e.what()).starts_with("CUDA");
+    reject(std::string(e.what()) + (late ? " (here or before: debug.sync=true finds the op)" : ""));
   }
   if (tagged) cuda::end_tag();
   if (c.timeline)

@@ -49,6 +49,7 @@ struct Context {
   Device planned = Device::cpu;  // on meta: the device that it stands for
   DType dtype = DType::f32;      // compute
   bool check_finite = false;     // scan what every op writes and fail at the op's line
+  bool sync = false;             // wait for the GPU after every op: its errors name the op's line
   bool deterministic = false;    // the same bits again, also where a library is faster without
   Recompute recompute = {};
   Cost total;  // since the owner last cleared it

@@ -19,6 +19,7 @@ Context make_context(const RunConfig& run, Device device) {
                   .planned = parse_device(run.device),
                   .dtype = parse_dtype(run.dtype),
                   .check_finite = run.debug.check_finite,
+                  .sync = run.debug.sync,
                   .deterministic = run.deterministic};
   const auto wanted = [&](const char* what) {
     return std::ranges::count(run.train.recompute, what) > 0;
