@@ -18,9 +18,9 @@ void check_ids(const Op& op, const Tensor& ids, const char* what, int64_t first,
 
 // Rows of logits that are held at a time: enough for the GEMMs' full speed (the weight gradient's
 // K). On the CPU about 16 MB; on a GPU so many that the pass over the main gradient, which every
-// chunk makes, costs little beside the products: 2.5 GB of bf16.
+// chunk makes, costs little beside the products: at most 5 GB of bf16.
 int64_t chunk_rows(int64_t rows, int64_t vocabulary, bool on_gpu) {
-  const int64_t elements = on_gpu ? int64_t(5) << 28 : int64_t(4) << 20, step = on_gpu ? 1024 : 64;
+  const int64_t elements = on_gpu ? int64_t(5) << 29 : int64_t(4) << 20, step = on_gpu ? 1024 : 64;
   const int64_t fitting = elements / std::max<int64_t>(vocabulary, 1) / step * step;
   return std::min(rows, std::clamp<int64_t>(fitting, 256, on_gpu ? 1 << 20 : 1024));
 }

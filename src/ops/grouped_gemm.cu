@@ -34,9 +34,7 @@ enum class Kind { forward, input_gradient, weight_gradient };
 template <Kind kKind, class Out, bool kAdd> struct Gemm {
   static constexpr bool kRowsAreK = kKind == Kind::weight_gradient;
   static constexpr bool kTransA = kRowsAreK, kTransB = kKind != Kind::forward;
-  // A weight gradient has long epilogues, which more stages hide better than more boxes.
-  static constexpr int kStages = kRowsAreK ? 4 : 3, kBoxes = kRowsAreK ? 2 : 4;
-  static constexpr int kBatch = kRowsAreK ? 1 : kBoxes;  // boxes between two barriers
+  static constexpr int kStages = 4, kBoxes = 2;  // 227 KB of shared memory
   static constexpr int kStageBytes = (kM + kN) * kK * 2;
 
   struct Shared {
@@ -241,23 +239,18 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
     const int row0 = t.row + group * 64, valid = t.row_end - row0;
     const bool leader = threadIdx.x % 128 == 0;
 #pragma unroll
-    for (int begin = 0; begin < kN / kColumns; begin += kBatch) {
-      if (leader) stores_read<kBoxes / kBatch - 1>();
+    for (int b = 0; b < kN / kColumns; ++b) {
+      if (leader) stores_read<kBoxes - 1>();
       sync_threads(1 + group, 128);
-#pragma unroll
-      for (int b = begin; b < begin + kBatch; ++b)
-        fill_box(s.out[group][b % kBoxes], acc + b * kColumns / 2);
+      uint8_t* box = s.out[group][b % kBoxes];
+      fill_box(box, acc + b * kColumns / 2);
       fence_for_async();
       sync_threads(1 + group, 128);
-#pragma unroll
-      for (int b = begin; b < begin + kBatch; ++b) {
-        const uint8_t* box = s.out[group][b % kBoxes];
-        const int column = t.n + b * kColumns;
-        if (kRowsAreK || valid >= 64) {
-          if (leader) store_box<kAdd>(p.out, box, column, row0, kRowsAreK ? t.expert : 0);
-        } else {
-          if constexpr (!kRowsAreK) store_rows(box, row0, valid, column);
-        }
+      const int column = t.n + b * kColumns;
+      if (kRowsAreK || valid >= 64) {
+        if (leader) store_box<kAdd>(p.out, box, column, row0, kRowsAreK ? t.expert : 0);
+      } else {
+        if constexpr (!kRowsAreK) store_rows(box, row0, valid, column);
       }
       if (leader) stores_commit();
     }
