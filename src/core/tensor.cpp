@@ -120,7 +120,12 @@ Tensor Tensor::reshape(Shape shape) const {
   return t;
 }
 
+Tensor Tensor::elements(int64_t begin, int64_t end) const {
+  return id_ ? reshape({numel()}).row_range(begin, end) : *this;
+}
+
 Tensor Tensor::row_range(int64_t begin, int64_t end) const {
+  if (!id_) return *this;
   if (rank() < 1 || begin < 0 || end < begin || end > dim(0))
     fail("rows [{}, {}) of a tensor {}", begin, end, shape_.str());
   Tensor t = *this;
@@ -143,7 +148,7 @@ Tensor Tensor::to(DType dtype, const char* name) const {
 }
 
 Tensor Tensor::on(Device device) const {
-  if (device == device_) return *this;
+  if (device == device_ || !id_) return *this;
   Tensor t(shape_, dtype_, device, "copy");
   t.copy_from(*this);
   return t;

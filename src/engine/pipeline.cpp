@@ -9,15 +9,14 @@ namespace pith {
 // Rows [begin, end) of a batch, sharing its memory.
 static Batch batch_rows(const Batch& b, int64_t begin, int64_t end) {
   const auto rows = [&](const Tensor& t) {
-    return t ? t.row_range(begin * b.sequence, end * b.sequence) : Tensor();
+    return t.row_range(begin * b.sequence, end * b.sequence);
   };
   return {rows(b.tokens),         rows(b.labels), rows(b.positions),
           rows(b.document_start), end - begin,    b.sequence};
 }
 
 static Batch on_device(Batch b, Device device) {
-  for (Tensor* t : {&b.tokens, &b.labels, &b.positions, &b.document_start})
-    if (*t) *t = t->on(device);
+  for (Tensor* t : {&b.tokens, &b.labels, &b.positions, &b.document_start}) *t = t->on(device);
   return b;
 }
 
@@ -168,39 +167,31 @@ void Pipeline::flush() {
   flush_wgrads(context_, queues);
 }
 
-StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<Tensor>& replay) {
-  const int64_t size = train_.micro_batch_size, micro_batches = batch.batch / size,
+StepSums Pipeline::run(const Batch& batch, bool train, bool trace,
+                       const std::vector<Tensor>& replay) {
+  const int64_t size = train_.micro_batch_size, micro_batches = (batch.batch + size - 1) / size,
                 tokens = size * batch.sequence;
   StepSums sums{Tensor({micro_batches}, one_.dtype(), context_.device, "losses"),
                 double(batch.label_count)};
   const Batch there = on_device(batch, context_.device);  // at once: each upload waits for the GPU
-  model_.params.begin_step();
+  if (train) model_.params.begin_step();
   queues_.assign(size_t(std::min(train_.wgrad_micro_batches, batch.batch)), {});
   if (trace) sums.trace.resize(size_t(micro_batches));
   for (int64_t m = 0; m < micro_batches; ++m) {
-    const int64_t slot = m % train_.wgrad_micro_batches;
-    MicroBatch mb{batch_rows(there, m * size, (m + 1) * size), sums.labels,
-                  double(batch.batch * batch.sequence), double(micro_batches), &sums.statistics};
+    const int64_t slot = m % train_.wgrad_micro_batches,
+                  end = std::min(batch.batch, (m + 1) * size);
+    MicroBatch mb{batch_rows(there, m * size, end), sums.labels,
+                  double(batch.batch * batch.sequence), double(micro_batches),
+                  train ? &sums.statistics : nullptr};
     if (trace) mb.trace = &sums.trace[size_t(m)];
     for (const Tensor& ids : replay)
       mb.replay.push_back(ids.row_range(m * tokens, (m + 1) * tokens));
-    Record r = forward(mb, &queues_[size_t(slot)]);
+    Record r = forward(mb, train ? &queues_[size_t(slot)] : nullptr);
     r.loss = model_.head_loss(r.head, r.last, r.mb);
     sums.losses.row_range(m, m + 1).copy_from(r.loss);
+    if (!train) continue;
     backward(r);
     if (slot == train_.wgrad_micro_batches - 1 || m == micro_batches - 1) flush();
-  }
-  return sums;
-}
-
-StepSums Pipeline::evaluate(const Batch& batch) {
-  const int64_t size = train_.micro_batch_size, micro_batches = (batch.batch + size - 1) / size;
-  StepSums sums{Tensor({micro_batches}, one_.dtype(), context_.device, "losses"),
-                double(batch.label_count)};
-  for (int64_t m = 0; m < micro_batches; ++m) {
-    const int64_t end = std::min(batch.batch, (m + 1) * size);
-    Record r = forward({batch_rows(batch, m * size, end)}, nullptr);
-    sums.losses.row_range(m, m + 1).copy_from(model_.head_loss(r.head, r.last, r.mb));
   }
   return sums;
 }

@@ -3,7 +3,6 @@
 
 #include "core/memory.h"
 #include "engine/run_config.h"
-#include "models/model.h"
 
 namespace pith {
 

@@ -1,5 +1,7 @@
 #include "engine/train.h"
 
+#include <omp.h>
+
 #include <atomic>
 #include <csignal>
 #include <filesystem>
@@ -17,10 +19,6 @@ std::atomic<int> stop_signal{0};
 void request_stop(int signal) {
   // A second Ctrl-C does not wait.
   if (stop_signal.exchange(signal) && signal == SIGINT) _Exit(130);
-}
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 double mean_statistic(const StepSums& sums, const char* name, double count) {
@@ -104,7 +102,7 @@ struct Trainer {
 
   // One update; `step` is its 1-based number.
   StepMetrics step(int64_t step) {
-    const auto begin = std::chrono::steady_clock::now();
+    const double begin = omp_get_wtime();
     const int64_t rows = run.train.global_batch_size;
     std::vector<OpEvent> events;
     if (std::ranges::count(run.profile.steps, step) > 0) {
@@ -148,7 +146,7 @@ struct Trainer {
     if (run.balance.z_loss != 0) m.z_loss = mean_statistic(sums, "z_loss", tokens * layers);
     m.grad_norm = norm.value;
     if (device == Device::cuda) cuda::synchronize();
-    m.seconds = seconds_since(begin);
+    m.seconds = omp_get_wtime() - begin;
     m.tokens_per_second = tokens / m.seconds;
     m.sol = context.total.flops / peak_flops / m.seconds;
     m.peak_gb = double(memory::peak(device)) / 1e9;
@@ -170,7 +168,7 @@ void train(const RunConfig& run) {
   Trainer trainer{run};
   // As the C library's signal() does it, system calls of a save under way go on.
   for (int s : {SIGTERM, SIGUSR1, SIGINT}) std::signal(s, request_stop);
-  const auto begin = std::chrono::steady_clock::now();
+  const double begin = omp_get_wtime();
   int64_t step = trainer.start(), saved = step;
   const int64_t steps = run.train.steps, last = run.train.last_step();
   if (trainer.validation && step == 0) trainer.say_validation_loss(step);
@@ -178,7 +176,7 @@ void train(const RunConfig& run) {
   const auto due = [&](int64_t every) { return every > 0 && step % every == 0; };
   const double limit = run.train.max_minutes > 0 ? 60 * run.train.max_minutes : HUGE_VAL;
 
-  while (step < last && !stop_signal && seconds_since(begin) <= limit) {
+  while (step < last && !stop_signal && omp_get_wtime() - begin <= limit) {
     ++step;
     StepMetrics m = trainer.step(step);
     // Not at stop_after: a run in two parts says the same as one in one part.
