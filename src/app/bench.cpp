@@ -4,11 +4,8 @@
 #include <omp.h>
 
 #include "app/commands.h"
-#include "core/memory.h"
 #include "core/rng.h"
-#include "engine/checkpoint.h"
-#include "engine/metrics.h"
-#include "engine/plan.h"
+#include "engine/train.h"
 #include "ops/ops.h"
 
 namespace pith {
@@ -98,57 +95,35 @@ void bench_train(const BenchOptions& o) {
   const double start = omp_get_wtime();
   const Plan plan = make_plan(run);
   say(stderr, plan.table);
-  const Device device = parse_device(run.device);
-  Context context = make_context(run, device);
-  const auto model = make_model(read_model_config(run.model), model_options(run, device));
-  Optimizer optimizer(model->params, run, context);
-  Pipeline pipeline(*model, context, run.train);
-  const Loader loader(run.data.train, run.data.sequence_length, model->size.vocabulary,
-                      run.data.document_mask, uint64_t(run.train.seed));
-  model->params.initialize(uint64_t(run.train.seed), model->size.init_std);
-  if (has_weights(run.model)) load_weights(model->params, run.model, model->ignored_when_reading);
-  StepSums sums;
-  const auto train_step = [&](int64_t step) {
-    const double begin = now(device);
-    const int64_t rows = run.train.global_batch_size;
-    context.total = {};
-    sums = pipeline.train_step(loader.batch((step - 1) * rows, rows));
-    optimizer.update(learning_rate(run.optimizer, run.train.steps, step), step, sums.labels);
-    model->after_step(sums.statistics);
-    return now(device) - begin;
-  };
-  train_step(1);
-  const double first_step = now(device) - start;
-  for (int64_t step = 2; step <= o.warmup; ++step) train_step(step);
+  Trainer trainer{run};
+  trainer.start();
+  double first_step = 0;
   std::vector<double> seconds;
-  for (int64_t step = 1; step <= o.steps; ++step) seconds.push_back(train_step(o.warmup + step));
-  const double peak_bytes = double(memory::peak(device));
+  StepMetrics m;
+  for (int64_t step = 1; step < run.train.steps; ++step) {
+    m = trainer.step(step);
+    if (step == 1) first_step = omp_get_wtime() - start;
+    if (step > o.warmup) seconds.push_back(m.seconds);
+  }
+  const double peak_gb = m.peak_gb;
+  m = trainer.step(run.train.steps, o.trace.empty() ? directory.path + "/timeline" : o.trace);
 
-  std::vector<OpEvent> events;
-  cuda::Timeline timeline{.host_syncs = 0};  // of the cpu
-  context.timeline = &events;
-  if (device == Device::cuda) cuda::start_timeline();
-  train_step(run.train.steps);
-  if (device == Device::cuda) timeline = cuda::stop_timeline();
-  if (!o.trace.empty()) say(stderr, write_timeline(o.trace, events, timeline));
-
-  const double step_seconds = median(seconds), flops = context.total.flops,
+  const double step_seconds = median(seconds), flops = trainer.context.total.flops,
                tokens = double(run.train.global_batch_size * run.data.sequence_length);
-  const Value result =
-      Value::object({{"workload", o.workload},
-                     {"routing", run.balance.force ? "balanced" : "real"},
-                     {"device", name_of(device)},
-                     {"dtype", run.dtype},
-                     {"steps", o.steps},
-                     {"tokens_per_second", tokens / step_seconds},
-                     {"step_seconds", step_seconds},
-                     {"first_step_seconds", first_step},
-                     {"peak_gb", peak_bytes / 1e9},
-                     {"planned_gb", double(plan.peak_bytes) / 1e9},
-                     {"tflops", flops / step_seconds / 1e12},
-                     {"sol", flops / step_seconds / measure_peak_flops(context.dtype, device)},
-                     {"host_syncs", timeline.host_syncs},
-                     {"loss", sums.loss() / sums.labels}});
+  const Value result = Value::object({{"workload", o.workload},
+                                      {"routing", run.balance.force ? "balanced" : "real"},
+                                      {"device", name_of(trainer.device)},
+                                      {"dtype", run.dtype},
+                                      {"steps", o.steps},
+                                      {"tokens_per_second", tokens / step_seconds},
+                                      {"step_seconds", step_seconds},
+                                      {"first_step_seconds", first_step},
+                                      {"peak_gb", peak_gb},
+                                      {"planned_gb", double(plan.peak_bytes) / 1e9},
+                                      {"tflops", flops / step_seconds / 1e12},
+                                      {"sol", flops / step_seconds / trainer.peak_flops},
+                                      {"host_syncs", trainer.host_syncs},
+                                      {"loss", m.loss}});
   fmt::print("{}\n", result.json());
   if (!o.json.empty()) write_file_atomic(o.json, result.json() + "\n");
 }

@@ -1,7 +1,6 @@
 #include "engine/plan.h"
 
 #include "engine/checkpoint.h"
-#include "engine/pipeline.h"
 
 namespace pith {
 

@@ -2,7 +2,7 @@
 // The memory plan: the real engine run on meta. No second description of any model exists.
 
 #include "core/memory.h"
-#include "engine/run_config.h"
+#include "engine/pipeline.h"
 
 namespace pith {
 
