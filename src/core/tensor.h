@@ -64,7 +64,7 @@ template <class F> decltype(auto) by_float(DType t, F&& f) {
 class Shape {
  public:
   Shape() = default;
-  Shape(std::initializer_list<int64_t> dims);
+  Shape(std::initializer_list<int64_t> dims) : Shape(std::span(dims.begin(), dims.size())) {}
   explicit Shape(std::span<const int64_t> dims);
   int rank() const { return rank_; }
   int64_t operator[](int i) const { return dims_[i]; }
@@ -165,12 +165,8 @@ class Tensor {
 // |a - reference| / |reference|, or |a - reference| where the reference is zero.
 double relative_l2(const std::vector<double>& a, const std::vector<double>& reference);
 
-// While one exists, data() of cuda tensors gives copies in host memory, and what was asked for to
-// write goes back at the end: so that an op without a CUDA kernel runs on the host.
-struct HostView {
-  HostView();
-  ~HostView();
-  void write_back();
-};
+// Runs f, in which data() of cuda tensors gives copies in host memory; what was asked for to write
+// goes back at the end: so that an op without a CUDA kernel runs on the host.
+void on_host(const std::function<void()>& f);
 
 }  // namespace pith

@@ -165,7 +165,6 @@ void write_parts(const std::string& directory, const char* stem, const std::vect
   for (const Part& part : parts)
     file.add(part.name, as_bf16 ? DType::bf16 : part.dtype(),
              {part.shape.dims().begin(), part.shape.dims().end()});
-  file.metadata["format"] = "pt";  // transformers insists on it
   file.create();
   for (const Part& part : parts)
     part.by_chunk([&](int64_t begin, const Part& chunk) {

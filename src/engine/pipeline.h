@@ -23,17 +23,17 @@ class Pipeline {
   // MoE layer, or nothing.
   StepSums train_step(const Batch& batch, bool trace = false,
                       const std::vector<Tensor>& replay = {}) {
-    return run(batch, true, trace, replay);
+    return run_batch(batch, true, trace, replay);
   }
 
   // Forward only: the loss sum and the number of labels.
-  StepSums evaluate(const Batch& batch) { return run(batch, false, false, {}); }
+  StepSums evaluate(const Batch& batch) { return run_batch(batch, false, false, {}); }
 
   // Forward only, to logits: wide [T, V]. With caches in `mb`: generation.
   Tensor logits(const MicroBatch& mb);
 
  private:
-  StepSums run(const Batch& batch, bool train, bool trace, const std::vector<Tensor>& replay);
+  StepSums run_batch(const Batch& batch, bool train, bool trace, const std::vector<Tensor>& replay);
   struct LayerRecord;
   struct Record;  // what the forward of a micro-batch keeps for its backward
   Record forward(const MicroBatch& mb, WgradQueue* queue);  // nullptr: forward only

@@ -1,6 +1,4 @@
-#include "engine/plan.h"
-
-#include "engine/checkpoint.h"
+#include "engine/train.h"
 
 namespace pith {
 

@@ -1,9 +1,26 @@
 #pragma once
+// A run from its run file: what it will need, and the training itself.
+
+#include "core/memory.h"
 #include "engine/checkpoint.h"
 #include "engine/metrics.h"
-#include "engine/plan.h"
+#include "engine/pipeline.h"
 
 namespace pith {
+
+struct Plan {
+  size_t peak_bytes;  // high-water mark of a step, workspaces included
+  // What makes up the peak, by name; parameters that are trained; static: weights, masters,
+  // gradients, moments and tables; FLOP of matrix multiplications and attention, forward and
+  // backward.
+  std::string table;
+};
+
+Context make_context(const RunConfig& run, Device device);
+ModelOptions model_options(const RunConfig& run, Device device);  // of a training run
+
+// The memory plan: the real engine run on meta. No second description of any model exists.
+Plan make_plan(const RunConfig& run);
 
 // One run: everything that lives from the first step to the last. OUT must exist.
 struct Trainer {
