@@ -43,7 +43,7 @@ TEST(RmsNorm, MatchesReferenceAndDifferences) {
     c.inputs = {s};
     c.params = {{s[1]}};
     c.run = [](Tape& tape, const Inputs& x, const Params& w) -> Inputs {
-      return {rms_norm(tape, x[0], *w[0], kEps)};
+      return {add_rms_norm(tape, x[0], {}, *w[0], kEps).y};
     };
     c.reference = [](const std::vector<Flat>& x, const std::vector<Flat>& w) -> std::vector<Flat> {
       return {naive_norm(x[0], w[0], kEps)};
@@ -110,7 +110,7 @@ TEST(RmsNorm, RoundsAsHuggingFace) {
   fill_normal(wide, 1, 0, 1.0);
   fill_normal(wide_w, 2, 0, 1.0);
   w->value.copy_from(wide_w);
-  const Tensor x = wide.to(DType::bf16, "x"), y = rms_norm(tape, x, *w, 1e-6f);
+  const Tensor x = wide.to(DType::bf16, "x"), y = add_rms_norm(tape, x, {}, *w, 1e-6f).y;
   // The order of the sum of squares may move rstd by an ulp, which turns few roundings around.
   int64_t different = 0;
   for (int64_t t = 0; t < rows; ++t) {
@@ -133,7 +133,7 @@ TEST(RmsNorm, FirstGradientOfAStepOverwrites) {
   std::memset(w->grad.raw(), 0xff, w->grad.nbytes());  // NaN
   Tensor x = Tensor::zeros({3, 4}, DType::f32, Device::cpu, "x");
   tape.leaf(x);
-  tape.set_grad(rms_norm(tape, x, *w, kEps), x);
+  tape.set_grad(add_rms_norm(tape, x, {}, *w, kEps).y, x);
   tape.backward();
   EXPECT_EQ(w->grad.to_vector<double>(), Flat(4, 0.0));
 }
@@ -151,7 +151,7 @@ TEST(RmsNorm, DoesNotDependOnThreads) {
     fill_normal(x, 1, 0, 1.0);
     fill_normal(dy, 2, 0, 1.0);
     tape.leaf(x);
-    tape.set_grad(rms_norm(tape, x, *w, 1e-6f), dy);
+    tape.set_grad(add_rms_norm(tape, x, {}, *w, 1e-6f).y, dy);
     tape.backward();
     auto all = w->grad.to_vector<double>();
     for (double d : tape.take_grad(x).to_vector<double>()) all.push_back(d);

@@ -199,7 +199,6 @@ TEST(Safetensors, ReadsSlicesAndConverts) {
 TEST(Safetensors, WriterShardsAndSlices) {
   const TempDir dir;
   SafetensorsWriter w(dir.path, "part", 40);
-  w.metadata["format"] = "pt";
   w.add("z", DType::f32, {2, 3});    // 24 bytes: shard 1
   w.add("a", DType::bf16, {8});      // 16: fits to the byte
   w.add("big", DType::f64, {3, 3});  // 72: alone in shard 2, though larger than a shard

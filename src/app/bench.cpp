@@ -4,11 +4,8 @@
 #include <omp.h>
 
 #include "app/commands.h"
-#include "core/memory.h"
 #include "core/rng.h"
-#include "engine/checkpoint.h"
-#include "engine/metrics.h"
-#include "engine/plan.h"
+#include "engine/train.h"
 #include "ops/ops.h"
 
 namespace pith {
@@ -25,7 +22,7 @@ struct Workload {
   int64_t layers, sequence, micro_batch, global_batch, wgrad_micro_batches;
   Sizes sizes = kQwen3_30B;
 };
-constexpr Workload kWorkloads[] = {{"W1", 8, 2048, 1, 32, 8},      {"W2", 8, 4096, 1, 16, 4},
+constexpr Workload kWorkloads[] = {{"W1", 8, 2048, 1, 32, 4},      {"W2", 8, 4096, 1, 16, 4},
                                    {"W3", 8, 4096, 2, 32, 2},      {"W4", 6, 4096, 1, 16, 4},
                                    {"W5", 6, 4096, 2, 32, 2},      {"W6", 6, 4096, 4, 64, 2},
                                    {"tiny", 2, 64, 2, 8, 2, kTiny}};
@@ -79,7 +76,7 @@ RunConfig make_run(const BenchOptions& o, const std::string& directory) {
   run.train.global_batch_size = w->global_batch;
   run.train.micro_batch_size = w->micro_batch;
   run.train.wgrad_micro_batches = w->wgrad_micro_batches;
-  run.train.force_balance = o.routing == "balanced";
+  run.balance.force = o.routing == "balanced";
   run.optimizer.schedule = "constant";
   run.balance.loss = "global_batch";
   run.balance.coefficient = 1e-3;
@@ -98,57 +95,35 @@ void bench_train(const BenchOptions& o) {
   const double start = omp_get_wtime();
   const Plan plan = make_plan(run);
   say(stderr, plan.table);
-  const Device device = parse_device(run.device);
-  Context context = make_context(run, device);
-  const auto model = make_model(read_model_config(run.model), model_options(run, device));
-  Optimizer optimizer(model->params, run, context);
-  Pipeline pipeline(*model, context, run.train);
-  const Loader loader(run.data.train, run.data.sequence_length, model->size.vocabulary,
-                      run.data.document_mask, uint64_t(run.train.seed));
-  model->params.initialize(uint64_t(run.train.seed), model->size.init_std);
-  if (has_weights(run.model)) load_weights(model->params, run.model, model->ignored_when_reading);
-  StepSums sums;
-  const auto train_step = [&](int64_t step) {
-    const double begin = now(device);
-    const int64_t rows = run.train.global_batch_size;
-    context.total = {};
-    sums = pipeline.train_step(loader.batch((step - 1) * rows, rows));
-    optimizer.update(learning_rate(run.optimizer, run.train.steps, step), step, sums.labels);
-    model->after_step(sums.statistics);
-    return now(device) - begin;
-  };
-  train_step(1);
-  const double first_step = now(device) - start;
-  for (int64_t step = 2; step <= o.warmup; ++step) train_step(step);
+  Trainer trainer{run};
+  trainer.start();
+  double first_step = 0;
   std::vector<double> seconds;
-  for (int64_t step = 1; step <= o.steps; ++step) seconds.push_back(train_step(o.warmup + step));
-  const double peak_bytes = double(memory::peak(device));
+  StepMetrics m;
+  for (int64_t step = 1; step < run.train.steps; ++step) {
+    m = trainer.step(step);
+    if (step == 1) first_step = omp_get_wtime() - start;
+    if (step > o.warmup) seconds.push_back(m.seconds);
+  }
+  const double peak_gb = m.peak_gb;
+  m = trainer.step(run.train.steps, o.trace.empty() ? directory.path + "/timeline" : o.trace);
 
-  std::vector<OpEvent> events;
-  cuda::Timeline timeline{.host_syncs = 0};  // of the cpu
-  context.timeline = &events;
-  if (device == Device::cuda) cuda::start_timeline();
-  train_step(run.train.steps);
-  if (device == Device::cuda) timeline = cuda::stop_timeline();
-  if (!o.trace.empty()) say(stderr, write_timeline(o.trace, events, timeline));
-
-  const double step_seconds = median(seconds), flops = context.total.flops,
+  const double step_seconds = median(seconds), flops = trainer.context.total.flops,
                tokens = double(run.train.global_batch_size * run.data.sequence_length);
-  const Value result =
-      Value::object({{"workload", o.workload},
-                     {"routing", run.train.force_balance ? "balanced" : "real"},
-                     {"device", name_of(device)},
-                     {"dtype", run.dtype},
-                     {"steps", o.steps},
-                     {"tokens_per_second", tokens / step_seconds},
-                     {"step_seconds", step_seconds},
-                     {"first_step_seconds", first_step},
-                     {"peak_gb", peak_bytes / 1e9},
-                     {"planned_gb", double(plan.peak_bytes) / 1e9},
-                     {"tflops", flops / step_seconds / 1e12},
-                     {"sol", flops / step_seconds / measure_peak_flops(context.dtype, device)},
-                     {"host_syncs", timeline.host_syncs},
-                     {"loss", sums.loss() / sums.labels}});
+  const Value result = Value::object({{"workload", o.workload},
+                                      {"routing", run.balance.force ? "balanced" : "real"},
+                                      {"device", name_of(trainer.device)},
+                                      {"dtype", run.dtype},
+                                      {"steps", o.steps},
+                                      {"tokens_per_second", tokens / step_seconds},
+                                      {"step_seconds", step_seconds},
+                                      {"first_step_seconds", first_step},
+                                      {"peak_gb", peak_gb},
+                                      {"planned_gb", double(plan.peak_bytes) / 1e9},
+                                      {"tflops", flops / step_seconds / 1e12},
+                                      {"sol", flops / step_seconds / trainer.peak_flops},
+                                      {"host_syncs", trainer.host_syncs},
+                                      {"loss", m.loss}});
   fmt::print("{}\n", result.json());
   if (!o.json.empty()) write_file_atomic(o.json, result.json() + "\n");
 }
@@ -180,16 +155,19 @@ struct OpBench {
   Context context;
   std::string filter;
   const bool gpu = context.device == Device::cuda;
+  const Sizes s = gpu ? kQwen3_30B : Sizes{256, 8, 2, 32, 16, 4, 128, 4096};
+  const int64_t tokens = gpu ? 16384 : 4096;
   const DType wide = master_dtype(context.dtype);
   double peak_flops = measure_peak_flops(context.dtype, context.device);
   double copy_bytes = measure_copy(context.device);
-  Value rows;
+  Value rows = {};
 
-  Tensor random(const Shape& shape, DType dtype) const {
+  Tensor random_wide(const Shape& shape) const {
     const Tensor out(shape, wide, context.device, "bench");
     fill_normal(out, 1, 0, 1);
-    return out.to(dtype, "bench");
+    return out;
   }
+  Tensor random(const Shape& shape) const { return random_wide(shape).to(context.dtype, "bench"); }
   Tensor integers(int64_t n, const std::function<int64_t(int64_t)>& value) const {
     std::vector<int32_t> v;
     for (int64_t i = 0; i < n; ++i) v.push_back(int32_t(value(i)));
@@ -197,43 +175,27 @@ struct OpBench {
   }
   // In the middle of a step: gradients are added to what is there.
   Param parameter(const Shape& shape) const {
-    Param p{.name = "bench", .shape = shape};
-    p.value = random(shape, context.dtype);
+    Param p{.name = "bench", .shape = shape, .value = random(shape)};
     p.grad = Tensor::zeros(shape, wide, context.device, "bench");
     p.grad_written = true;
     return p;
   }
 
-  void add_row(const std::string& op, const Tensors& inputs, const char* pass, Cost cost,
-               double seconds) {
-    const double flops = cost.flops / seconds, bytes = cost.bytes / seconds,
-                 share = std::max(flops / peak_flops, bytes / copy_bytes);
-    std::string shapes;
-    for (const Tensor& x : inputs) shapes += (shapes.empty() ? "" : " ") + x.shape().str();
-    fmt::print("{:<32} {:<30} {:<8} {:>11.1f} {:>9.2f} {:>7.3f} {:>6.1f}%\n", op, shapes, pass,
-               seconds * 1e6, flops / 1e12, bytes / 1e12, 100 * share);
-    Value row;
-    row["op"] = op;
-    row["shapes"] = shapes;
-    row["pass"] = pass;
-    row["microseconds"] = seconds * 1e6;
-    row["tflops"] = flops / 1e12;
-    row["tbps"] = bytes / 1e12;
-    row["share"] = share;
-    rows.push_back(std::move(row));
-  }
-
   // f runs the op on the inputs and gives what is differentiated; nothing: it has no backward.
+  // What the filter leaves out runs once, for the ops that take what f keeps.
   void time(const std::string& op, const Tensors& inputs, const std::function<Tensors(Tape&)>& f) {
-    if (op.find(filter) == op.npos) return;
+    if (op.find(filter) == op.npos) {
+      Tape tape(context, false);
+      f(tape);
+      return;
+    }
     const size_t repeats = gpu ? 10 : 2, rounds = gpu ? 6 : 4;
-    Tensors seeds;
+    const Tensor one = wide_scalar(context, 1);
     Cost cost[2];
     std::vector<double> seconds[2];
     for (size_t round = 0; round < rounds; ++round) {
       std::vector<WgradQueue> queues(repeats);
       std::vector<Tape> tapes;
-      std::vector<Tensors> results;
       const auto measure = [&](int pass, const auto& run) {
         context.total = {};
         const double begin = now(context.device);
@@ -243,35 +205,44 @@ struct OpBench {
         cost[pass] = {context.total.flops / double(repeats), context.total.bytes / double(repeats)};
       };
       measure(0, [&](size_t i) {
-        tapes.emplace_back(context, true, &queues[i]);
-        for (const Tensor& x : inputs) tapes[i].leaf(x);
-        results.push_back(f(tapes[i]));
+        Tape& tape = tapes.emplace_back(context, true, &queues[i]);
+        for (const Tensor& x : inputs) tape.leaf(x);
+        for (const Tensor& y : f(tape)) tape.set_grad(y, y.numel() == 1 ? one : y);
       });
-      for (size_t k = 0; k < results[0].size(); ++k) {
-        const Tensor& y = results[0][k];
-        if (round == 0)
-          seeds.push_back(y.numel() == 1 ? wide_scalar(context, 1) : random(y.shape(), y.dtype()));
-        for (size_t i = 0; i < repeats; ++i) tapes[i].set_grad(results[i][k], seeds[k]);
-      }
-      results.clear();
       measure(1, [&](size_t i) { tapes[i].backward(); });
     }
-    add_row(op, inputs, "forward", cost[0], median(seconds[0]));
-    if (cost[1].bytes > 0) add_row(op, inputs, "backward", cost[1], median(seconds[1]));
+    std::string shapes;
+    for (const Tensor& x : inputs) shapes += (shapes.empty() ? "" : " ") + x.shape().str();
+    for (const int pass : {0, 1}) {
+      if (cost[pass].bytes == 0) continue;
+      const char* name = pass == 0 ? "forward" : "backward";
+      const double each = median(seconds[pass]), flops = cost[pass].flops / each,
+                   bytes = cost[pass].bytes / each,
+                   share = std::max(flops / peak_flops, bytes / copy_bytes);
+      fmt::print("{:<32} {:<30} {:<8} {:>11.1f} {:>9.2f} {:>7.3f} {:>6.1f}%\n", op, shapes, name,
+                 each * 1e6, flops / 1e12, bytes / 1e12, 100 * share);
+      rows.push_back(Value::object({{"op", op},
+                                    {"shapes", shapes},
+                                    {"pass", name},
+                                    {"microseconds", each * 1e6},
+                                    {"tflops", flops / 1e12},
+                                    {"tbps", bytes / 1e12},
+                                    {"share", share}}));
+    }
   }
 
-  // A linear layer, or with a weight [E, N, K] that of every expert with so many rows each.
-  void time_linear(const std::string& op, const Shape& shape, const std::vector<int64_t>& tokens) {
-    if ((op + " wgrad x").find(filter) == op.npos) return;
+  // A linear layer, or with a weight [E, N, K] that of every expert, for several numbers of rows.
+  void time_linear(const std::string& op, const Shape& shape) {
     Param w = parameter(shape);
-    const int64_t experts = shape.rank() == 3 ? shape[0] : 1;
-    for (const int64_t t : tokens) {
-      const Tensor x = random({experts * t, shape[shape.rank() - 1]}, context.dtype),
-                   dy = random({experts * t, shape[shape.rank() - 2]}, context.dtype);
-      const Tensor offsets =
-          experts > 1 ? integers(experts + 1, [&](int64_t e) { return e * t; }) : Tensor();
-      time(op, {x}, [&](Tape& tape) {
-        return Tensors{offsets ? grouped_linear(tape, x, w, offsets) : linear(tape, x, w)};
+    const bool grouped = shape.rank() == 3;
+    const int64_t experts = grouped ? shape[0] : 1, most = grouped ? tokens / 32 : tokens;
+    for (int64_t count = most / 4; count <= most; count *= grouped ? 2 : 4) {
+      const Tensor x = random({experts * count, shape[shape.rank() - 1]}),
+                   dy = random({experts * count, shape[shape.rank() - 2]}),
+                   ends = integers(experts + 1, [&](int64_t e) { return e * count; }),
+                   offsets = grouped ? ends : Tensor();
+      time(op, {x}, [&](Tape& t) {
+        return Tensors{grouped ? grouped_linear(t, x, w, offsets) : linear(t, x, w)};
       });
       for (const size_t records : {1, 2, 4, 8})
         time(fmt::format("{} wgrad x{}", op, records), {x, dy}, [&](Tape&) {
@@ -283,71 +254,67 @@ struct OpBench {
     }
   }
 
-  void time_attention(const Sizes& s, int64_t tokens, int64_t sequence) {
+  void time_attention(int64_t sequence) {
     const AttentionShape shape{tokens / sequence, sequence, s.heads, s.kv_heads, s.head_dim};
-    const Tensor qkv = random({tokens, shape.width()}, context.dtype);
-    time(fmt::format("attention S {}", sequence), {qkv}, [&](Tape& tape) {
-      return Tensors{attention(tape, qkv, shape, 1 / std::sqrt(float(s.head_dim)))};
+    const Tensor qkv = random({tokens, shape.width()});
+    time(fmt::format("attention S {}", sequence), {qkv}, [&](Tape& t) {
+      return Tensors{attention(t, qkv, shape, 1 / std::sqrt(float(s.head_dim)))};
     });
     Param q_norm = parameter({s.head_dim}), k_norm = parameter({s.head_dim});
     const Shape table{sequence, s.head_dim / 2};
-    const RopeTable rope{random(table, wide), random(table, wide)};
+    const RopeTable rope{random_wide(table), random_wide(table)};
     const Tensor positions = integers(tokens, [&](int64_t i) { return i % sequence; });
-    time(fmt::format("qk_norm_rope S {}", sequence), {qkv}, [&](Tape& tape) {
-      return Tensors{qk_norm_rope(tape, qkv, &q_norm, &k_norm, 1e-6f, rope, positions, shape)};
+    time(fmt::format("qk_norm_rope S {}", sequence), {qkv}, [&](Tape& t) {
+      return Tensors{qk_norm_rope(t, qkv, &q_norm, &k_norm, 1e-6f, rope, positions, shape)};
     });
   }
 
-  void time_rows(const Sizes& s, int64_t tokens) {
-    const Tensor x = random({tokens, s.hidden}, context.dtype), delta = x.clone("bench");
+  void time_experts() {
+    const Tensor x = random({tokens, s.hidden}), delta = x.clone("bench"),
+                 logits = random_wide({tokens, s.experts}),
+                 gate_up = random({tokens * s.top_k, 2 * s.width});
     Param norm = parameter({s.hidden});
+    Routing r;
+    ExpertOrder order;
+    Tensor y;
     time("add_rms_norm", {x, delta}, [&](Tape& t) {
-      const AddNorm r = add_rms_norm(t, x, delta, norm, 1e-6f);
-      return Tensors{r.y, r.sum};
+      const AddNorm normed = add_rms_norm(t, x, delta, norm, 1e-6f);
+      return Tensors{normed.y, normed.sum};
     });
-    const Tensor logits = random({tokens, s.experts}, wide);
-    const auto route = [&](Tape& t) {
-      return route_top_k(t, logits, {.top_k = s.top_k, .renormalize = true});
-    };
     time("route_top_k", {logits}, [&](Tape& t) {
-      const Routing r = route(t);
+      r = route_top_k(t, logits, {.top_k = s.top_k, .renormalize = true});
       return Tensors{r.weights, r.scores};
     });
-    Tape tape(context, false);
-    const Routing r = route(tape);
     time("order_by_expert", {r.ids}, [&](Tape& t) {
-      order_by_expert(t, r.ids, s.experts);
+      order = order_by_expert(t, r.ids, s.experts);
       return Tensors();
     });
-    const ExpertOrder order = order_by_expert(tape, r.ids, s.experts);
-    time("gather_rows", {x}, [&](Tape& t) { return Tensors{gather_rows(t, x, order)}; });
-    const Tensor y = gather_rows(tape, x, order);
+    time("gather_rows", {x}, [&](Tape& t) { return Tensors{y = gather_rows(t, x, order)}; });
     time("sum_rows", {y}, [&](Tape& t) { return Tensors{sum_rows(t, y, order)}; });
-    const Tensor gate_up = random({tokens * s.top_k, 2 * s.width}, context.dtype);
     time("swiglu", {gate_up, r.weights},
          [&](Tape& t) { return Tensors{swiglu(t, gate_up, r.weights, order)}; });
   }
 
-  void time_ends(const Sizes& s, int64_t tokens) {
+  void time_rest() {
     Param table = parameter({s.vocabulary, s.hidden});
     const auto id = [&](int64_t i) { return int64_t(uniform(2, uint64_t(i)) * s.vocabulary); };
-    const Tensor ids = integers(4 * tokens, id), labels = integers(tokens / 4, id);
+    const Tensor ids = integers(4 * tokens, id), labels = integers(tokens / 4, id),
+                 x = random({tokens / 4, s.hidden});
     time("embedding", {ids}, [&](Tape& t) { return Tensors{embedding(t, ids, table)}; });
-    const Tensor x = random({tokens / 4, s.hidden}, context.dtype);
     time("head_loss", {x}, [&](Tape& t) { return Tensors{head_loss(t, x, table, labels).sum}; });
-  }
 
-  void time_optimizer(int64_t n) {
-    const Tensor grad = random({n}, wide), m = grad.clone("bench"), v = grad.clone("bench"),
-                 value = grad.to(context.dtype, "bench");
-    const Tensor rest =
-        value.dtype() == wide ? Tensor() : Tensor::zeros({n}, DType::u16, context.device, "bench");
+    const Shape shape{gpu ? 1 << 26 : 1 << 24};
+    const Tensor grad = random_wide(shape), m = grad.clone("bench"), v = grad.clone("bench"),
+                 value = grad.to(context.dtype, "bench"),
+                 zeros = Tensor::zeros(shape, DType::u16, context.device, "bench"),
+                 rest = context.dtype == DType::bf16 ? zeros : Tensor();
+    Tensor squares;
     time("sum_of_squares", {grad}, [&](Tape& t) {
-      sum_of_squares(t, {&grad, 1});
+      squares = sum_of_squares(t, {&grad, 1});
       return Tensors();
     });
     Tape tape(context, false);
-    const Tensor norm = clip_by_norm(tape, sum_of_squares(tape, {&grad, 1}), 1, 1);
+    const Tensor norm = clip_by_norm(tape, squares, 1, 1);
     time("adamw", {grad}, [&](Tape& t) {
       adamw_update(t, {1e-4, 0.9, 0.95, 1e-8, 0.1, 1}, norm, grad, m, v, value, rest);
       return Tensors();
@@ -364,25 +331,21 @@ void bench_ops(const BenchOptions& o) {
              o.dtype, b.peak_flops / 1e12, b.copy_bytes / 1e12);
   fmt::print("{:<32} {:<30} {:<8} {:>11} {:>9} {:>7} {:>7}\n", "op", "inputs", "pass", "us",
              "TFLOP/s", "TB/s", "share");
-  const Sizes s = b.gpu ? kQwen3_30B : Sizes{256, 8, 2, 32, 16, 4, 128, 4096};
-  const int64_t tokens = b.gpu ? 16384 : 4096, q = s.heads * s.head_dim,
-                kv = s.kv_heads * s.head_dim;
-  const std::vector<int64_t> rows_per_expert = {tokens / 128, tokens / 64, tokens / 32};
-  b.time_linear("linear qkv", {q + 2 * kv, s.hidden}, {tokens / 4, tokens});
-  b.time_linear("linear o", {s.hidden, q}, {tokens / 4, tokens});
-  b.time_linear("grouped_linear gate_up", {s.experts, 2 * s.width, s.hidden}, rows_per_expert);
-  b.time_linear("grouped_linear down", {s.experts, s.hidden, s.width}, rows_per_expert);
-  for (const int64_t parts : {8, 4, 2}) b.time_attention(s, tokens, tokens / parts);
-  b.time_rows(s, tokens);
-  b.time_ends(s, tokens);
-  b.time_optimizer(b.gpu ? 1 << 26 : 1 << 24);
+  const Sizes& s = b.s;
+  const int64_t q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
+  b.time_linear("linear qkv", {q + 2 * kv, s.hidden});
+  b.time_linear("linear o", {s.hidden, q});
+  b.time_linear("grouped_linear gate_up", {s.experts, 2 * s.width, s.hidden});
+  b.time_linear("grouped_linear down", {s.experts, s.hidden, s.width});
+  for (const int64_t parts : {8, 4, 2}) b.time_attention(b.tokens / parts);
+  b.time_experts();
+  b.time_rest();
   if (b.rows.is_null()) fail_input("--filter {}: no operator has this in its name", o.filter);
-  Value result;
-  result["device"] = name_of(b.context.device);
-  result["dtype"] = o.dtype;
-  result["peak_tflops"] = b.peak_flops / 1e12;
-  result["copy_tbps"] = b.copy_bytes / 1e12;
-  result["ops"] = std::move(b.rows);
+  const Value result = Value::object({{"device", name_of(b.context.device)},
+                                      {"dtype", o.dtype},
+                                      {"peak_tflops", b.peak_flops / 1e12},
+                                      {"copy_tbps", b.copy_bytes / 1e12},
+                                      {"ops", b.rows}});
   if (!o.json.empty()) write_file_atomic(o.json, result.json(1) + "\n");
 }
 

@@ -4,7 +4,6 @@
 
 #include "app/commands.h"
 #include "data/tokenize.h"
-#include "engine/plan.h"
 #include "engine/train.h"
 
 namespace pith {

@@ -52,13 +52,6 @@ Tensor Op::output(const char* name, Shape shape, DType dtype) {
   return t;
 }
 
-static void run_on_host(const char* name, const std::function<void()>& cpu) {
-  warn_once(fmt::format("{} has no CUDA kernel for this: it runs on the host", name));
-  HostView view;
-  cpu();
-  view.write_back();
-}
-
 void Op::run(Cost cost, const std::function<void()>& cpu, const OnGpu& gpu) {
   Context& c = tape_.context;
   c.total.flops += cost.flops;
@@ -68,10 +61,12 @@ void Op::run(Cost cost, const std::function<void()>& cpu, const OnGpu& gpu) {
   const bool tagged = c.timeline && c.device == Device::cuda;
   if (tagged) cuda::begin_tag(c.timeline->size(), name_);
   try {
-    if (c.device == Device::cpu)
+    if (c.device == Device::cpu) {
       cpu();
-    else if (!gpu || !on_gpu() || !gpu(cuda::stream()))
-      run_on_host(name_, cpu);
+    } else if (!gpu || !on_gpu() || !gpu(cuda::stream())) {
+      warn_once(fmt::format("{} has no CUDA kernel for this: it runs on the host", name_));
+      on_host(cpu);
+    }
     if (c.sync && c.device == Device::cuda) cuda::synchronize();
   } catch (const OpError&) {
     throw;

@@ -69,8 +69,6 @@ static const SafetensorsEntry& find(const Entries& entries, const std::string& p
   return it->second;
 }
 
-static bool is_float(DType t) { return t == DType::f64 || t == DType::f32 || t == DType::bf16; }
-
 Safetensors::Safetensors(const std::string& path, const std::string& stem) : path_(path) {
   const std::string single = path + "/" + stem + ".safetensors", index = single + ".index.json";
   const bool directory = exists(path + "/.");
@@ -127,7 +125,7 @@ std::span<const std::byte> Safetensors::bytes(const std::string& name) const {
 void Safetensors::read(const std::string& name, int64_t begin, Tensor& dst) const {
   const SafetensorsEntry& e = find(entries_, path_, name, begin, dst.numel());
   const bool same = e.dtype == dst.dtype(), direct = same && dst.device() == Device::cpu;
-  if (!same && !(is_float(e.dtype) && is_float(dst.dtype())))
+  if (!same && std::max(e.dtype, dst.dtype()) > DType::bf16)
     fail_input("{}: {}: {} cannot be read as {}", path_, printable(name), kDTypes[int(e.dtype)],
                name_of(dst.dtype()));
   if (dst.numel() == 0) return;
@@ -176,8 +174,7 @@ void SafetensorsWriter::create() {
                                                                stem_, i + 1, shards_.size());
     for (const auto& [tensor, entry] : shard.header.members()) weight_map.add(tensor, name);
     total += int64_t(shard.bytes);
-    if (!metadata.empty())
-      shard.header.add("__metadata__", Value::object({metadata.begin(), metadata.end()}));
+    shard.header.add("__metadata__", Value::object({{"format", "pt"}}));  // for transformers
     std::string header = shard.header.json();
     header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the data starts aligned
     const uint64_t length = header.size();

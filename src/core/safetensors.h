@@ -57,8 +57,7 @@ class SafetensorsWriter {
   void create();
   // Elements [begin, begin + src.numel()) of `name`; src (cpu) is converted to the file's dtype.
   void write(const std::string& name, int64_t begin, const Tensor& src);
-  void close();                                 // fsync all
-  std::map<std::string, std::string> metadata;  // "__metadata__" of every header
+  void close();  // fsync all
 
  private:
   struct Shard {

@@ -7,7 +7,7 @@
 namespace pith {
 
 void Tape::leaf(const Tensor& x) {
-  if (record_) grads_[x.id()];
+  if (record_ && x.id()) grads_[x.id()];
 }
 
 Tensor& Tape::slot(const Tensor& x) {
@@ -28,6 +28,7 @@ void Tape::set_grad(const Tensor& y, Tensor grad) {
 }
 
 Tensor Tape::take_grad(const Tensor& x) {
+  if (!x.id()) return {};
   Tensor g = std::exchange(slot(x), {});
   return g ? g : Tensor::zeros(x.shape(), x.dtype(), x.device(), "grad");
 }

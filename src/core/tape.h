@@ -86,7 +86,7 @@ class Tape {
   WgradQueue* queue;
 
   bool recording() const { return record_; }
-  void leaf(const Tensor& x);  // x wants a gradient
+  void leaf(const Tensor& x);  // x wants a gradient; an empty one does not
   // Leaves, and outputs of ops recorded on this tape.
   bool wants(const Tensor& x) const { return grads_.contains(x.id()); }
   void set_grad(const Tensor& y, Tensor grad);  // seeds an output; a second call adds

@@ -15,7 +15,7 @@ constexpr std::pair<const char*, size_t> kDTypes[] = {{"fp64", 8},   {"fp32", 4}
 constexpr const char* kDevices[] = {"cpu", "cuda", "meta"};
 std::atomic<uint64_t> last_id{0};
 
-// The copies of a HostView, by the memory they are of.
+// The copies of on_host, by the memory they are of.
 struct HostCopy {
   std::shared_ptr<void> keep;
   std::vector<std::byte> bytes;
@@ -23,7 +23,7 @@ struct HostCopy {
 };
 std::mutex host_mutex;
 std::map<void*, HostCopy> host_copies;
-int host_view = 0;  // how many there are
+int host_view = 0;  // how many on_host are under way
 
 }  // namespace
 
@@ -44,8 +44,6 @@ Device parse_device(const std::string& text) {
   cuda::require_device();
   return Device::cuda;
 }
-
-Shape::Shape(std::initializer_list<int64_t> dims) : Shape(std::span(dims.begin(), dims.size())) {}
 
 Shape::Shape(std::span<const int64_t> dims) : rank_(int(dims.size())) {
   if (rank_ > 4) fail("a tensor has at most 4 dimensions, not {}", rank_);
@@ -104,11 +102,13 @@ void* Tensor::raw(DType want, bool writes) const {
   return static_cast<std::byte*>(data) + offset_;
 }
 
-HostView::HostView() { ++host_view; }
-HostView::~HostView() {
-  if (--host_view == 0) host_copies.clear();
-}
-void HostView::write_back() {
+void on_host(const std::function<void()>& f) {
+  const auto leave = [](int* views) {
+    if (--*views == 0) host_copies.clear();
+  };
+  const std::unique_ptr<int, decltype(leave)> inside(&host_view);
+  ++host_view;
+  f();
   for (const auto& [data, copy] : host_copies)
     if (copy.written) cuda::copy(data, copy.bytes.data(), copy.bytes.size());
 }
@@ -120,7 +120,12 @@ Tensor Tensor::reshape(Shape shape) const {
   return t;
 }
 
+Tensor Tensor::elements(int64_t begin, int64_t end) const {
+  return id_ ? reshape({numel()}).row_range(begin, end) : *this;
+}
+
 Tensor Tensor::row_range(int64_t begin, int64_t end) const {
+  if (!id_) return *this;
   if (rank() < 1 || begin < 0 || end < begin || end > dim(0))
     fail("rows [{}, {}) of a tensor {}", begin, end, shape_.str());
   Tensor t = *this;
@@ -143,7 +148,7 @@ Tensor Tensor::to(DType dtype, const char* name) const {
 }
 
 Tensor Tensor::on(Device device) const {
-  if (device == device_) return *this;
+  if (device == device_ || !id_) return *this;
   Tensor t(shape_, dtype_, device, "copy");
   t.copy_from(*this);
   return t;
@@ -185,15 +190,15 @@ void Tensor::add(const Tensor& other) {
   if (device_ == Device::meta || numel() == 0) return;
   if (device_ == Device::cuda && !host_view && cuda::add(raw(), other.raw(), dtype_, numel()))
     return;
-  HostView view;
-  by_float(dtype_, [&](auto z) {
-    using T = decltype(z);
-    T* to = data<T>();
-    const T* from = other.data<T>();
+  on_host([&] {
+    by_float(dtype_, [&](auto z) {
+      using T = decltype(z);
+      T* to = data<T>();
+      const T* from = other.data<T>();
 #pragma omp parallel for simd if (parallel : numel() > 65536)
-    for (int64_t i = 0; i < numel(); ++i) to[i] = T(to[i] + from[i]);
+      for (int64_t i = 0; i < numel(); ++i) to[i] = T(to[i] + from[i]);
+    });
   });
-  view.write_back();
 }
 
 void Tensor::set_remake(std::function<void(const Tensor&)> remake) {

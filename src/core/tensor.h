@@ -64,12 +64,13 @@ template <class F> decltype(auto) by_float(DType t, F&& f) {
 class Shape {
  public:
   Shape() = default;
-  Shape(std::initializer_list<int64_t> dims);
+  Shape(std::initializer_list<int64_t> dims) : Shape(std::span(dims.begin(), dims.size())) {}
   explicit Shape(std::span<const int64_t> dims);
   int rank() const { return rank_; }
   int64_t operator[](int i) const { return dims_[i]; }
-  int64_t numel() const {
-    return std::accumulate(dims_, dims_ + rank_, int64_t(1), std::multiplies());
+  int64_t numel(int first = 0) const {  // elements; of the dimensions from `first` on
+    return std::accumulate(dims_ + std::min(first, rank_), dims_ + rank_, int64_t(1),
+                           std::multiplies());
   }
   std::span<const int64_t> dims() const { return {dims_, size_t(rank_)}; }
   bool operator==(const Shape& o) const = default;
@@ -101,7 +102,7 @@ class Tensor {
   int rank() const { return shape_.rank(); }
   int64_t dim(int i) const { return shape_[i]; }
   int64_t rows() const { return rank() == 0 ? 1 : shape_[0]; }
-  int64_t cols() const { return rows() ? numel() / rows() : 0; }  // elements per row of dimension 0
+  int64_t cols() const { return shape_.numel(1); }  // elements per row of dimension 0
   int64_t numel() const { return shape_.numel(); }
   size_t nbytes() const { return size_t(numel()) * size_of(dtype_); }
   DType dtype() const { return dtype_; }
@@ -118,8 +119,9 @@ class Tensor {
   const void* raw() const { return raw(dtype_, false); }
 
   Tensor reshape(Shape shape) const;  // same memory, same identity
-  // Same memory, new identity: no gradient flows through it.
+  // Same memory, new identity: no gradient flows through it. Of an empty tensor: empty.
   Tensor row_range(int64_t begin, int64_t end) const;
+  Tensor elements(int64_t begin, int64_t end) const;  // the same of all elements in a row
   // No memory, same identity and shape: all that a backward closure needs of a tensor whose values
   // it does not read.
   Tensor identity() const;
@@ -163,12 +165,8 @@ class Tensor {
 // |a - reference| / |reference|, or |a - reference| where the reference is zero.
 double relative_l2(const std::vector<double>& a, const std::vector<double>& reference);
 
-// While one exists, data() of cuda tensors gives copies in host memory, and what was asked for to
-// write goes back at the end: so that an op without a CUDA kernel runs on the host.
-struct HostView {
-  HostView();
-  ~HostView();
-  void write_back();
-};
+// Runs f, in which data() of cuda tensors gives copies in host memory; what was asked for to write
+// goes back at the end: so that an op without a CUDA kernel runs on the host.
+void on_host(const std::function<void()>& f);
 
 }  // namespace pith

@@ -29,10 +29,8 @@ struct Part {
   // f(first element, Part of at most kChunk)
   template <class F> void by_chunk(F f) const {
     for (int64_t begin = 0, n = data.numel(); begin < n; begin += kChunk) {
-      const auto range = [&](const Tensor& t) {
-        return t ? t.row_range(begin, std::min(n, begin + kChunk)) : Tensor();
-      };
-      f(begin, Part{name, shape, range(data), range(rest)});
+      const int64_t end = std::min(n, begin + kChunk);
+      f(begin, Part{name, shape, data.row_range(begin, end), rest.row_range(begin, end)});
     }
   }
 };
@@ -43,10 +41,9 @@ struct Parts {
 void add_pieces(std::vector<Part>& parts, const std::string& prefix,
                 const std::vector<Piece>& pieces, const Tensor& whole, const Tensor& rest = {}) {
   for (const Piece& p : pieces) {
-    const auto range = [&](const Tensor& t) {
-      return t ? t.reshape({t.numel()}).row_range(p.begin, p.begin + p.shape.numel()) : Tensor();
-    };
-    parts.push_back({prefix + p.name, p.shape, range(whole), range(rest)});
+    const int64_t end = p.begin + p.shape.numel();
+    parts.push_back(
+        {prefix + p.name, p.shape, whole.elements(p.begin, end), rest.elements(p.begin, end)});
   }
 }
 
@@ -168,7 +165,6 @@ void write_parts(const std::string& directory, const char* stem, const std::vect
   for (const Part& part : parts)
     file.add(part.name, as_bf16 ? DType::bf16 : part.dtype(),
              {part.shape.dims().begin(), part.shape.dims().end()});
-  file.metadata["format"] = "pt";  // transformers insists on it
   file.create();
   for (const Part& part : parts)
     part.by_chunk([&](int64_t begin, const Part& chunk) {

@@ -8,7 +8,6 @@
 #include <future>
 
 #include "engine/optimizer.h"
-#include "models/model.h"
 
 namespace pith {
 

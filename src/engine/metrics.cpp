@@ -156,15 +156,15 @@ std::string step_json(const StepMetrics& m) {
 Metrics::Metrics(const RunConfig& run, int64_t done_steps)
     : train_(run.train),
       json_(truncated(run.out + "/metrics.jsonl", done_steps), true),
-      events_(new_event_file(run.out + "/tensorboard"), true) {
+      events_(new_event_file(run.out + "/tensorboard"), true),
+      start_(omp_get_wtime()) {
   events_.write(event_record(0, 3, "brain.Event:2"));  // Event.file_version
 }
 
 void Metrics::log(const StepMetrics& m) {
   // By the clock, so that evaluation and checkpoints count too.
-  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start_;
   const double left = double(std::max<int64_t>(train_.last_step() - m.step, 0));
-  const double eta = elapsed.count() / double(++logged_) * left;
+  const double eta = (omp_get_wtime() - start_) / double(++logged_) * left;
   say(stdout, step_line(m, train_.steps, eta) + "\n");
   json_.write(step_json(m) + '\n');
 

@@ -55,7 +55,7 @@ class Metrics {
  private:
   const TrainConfig train_;
   OutputFile json_, events_;
-  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  const double start_;
   int64_t logged_ = 0;  // since then
 };
 

@@ -6,10 +6,6 @@
 
 namespace pith {
 
-static Tensor elements(const Tensor& t, int64_t begin, int64_t end) {
-  return t.reshape({t.numel()}).row_range(begin, end);
-}
-
 // Muon needs matrices; a piece of rank 3 is a batch of them.
 static bool muon_fits(const Param& p) {
   const auto matrices = [](const Piece& s) { return s.shape.rank() == 2 || s.shape.rank() == 3; };
@@ -24,10 +20,10 @@ static void update_by_muon(Tape& tape, const Muon& rule, const Param& p, const T
     const int64_t rows = s[s.rank() - 2], columns = s[s.rank() - 1];
     const int64_t begin = p.pieces[i].begin, end = begin + int64_t(next - i) * s.numel();
     const auto batch = [&](const Tensor& t) {
-      return elements(t, begin, end).reshape({(end - begin) / (rows * columns), rows, columns});
+      return t ? t.elements(begin, end).reshape({(end - begin) / (rows * columns), rows, columns})
+               : t;
     };
-    const Tensor value = batch(p.value), rest = p.rest ? batch(p.rest) : Tensor(),
-                 master = join_master(value, rest);
+    const Tensor value = batch(p.value), rest = batch(p.rest), master = join_master(value, rest);
     Tensor grad = batch(p.grad);
     if (grad.dtype() != master.dtype()) grad = grad.to(master.dtype(), "wide_grad");
     muon_update(tape, rule, grad, batch(momentum), master, value);
@@ -106,7 +102,7 @@ Optimizer::Norm Optimizer::norm() {
     if (!p->trained() || !is_bad(p->grad)) continue;
     norm.first_bad = p->name;
     const auto bad = std::ranges::find_if(p->pieces, [&](const Piece& piece) {
-      return is_bad(elements(p->grad, piece.begin, piece.begin + piece.shape.numel()));
+      return is_bad(p->grad.elements(piece.begin, piece.begin + piece.shape.numel()));
     });
     if (bad != p->pieces.end() && bad->name != p->name) norm.first_bad += " (" + bad->name + ")";
     break;

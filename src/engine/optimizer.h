@@ -2,7 +2,6 @@
 // The optimizer over all parameters. Backward leaves *sum* gradients; 1 / labels and the clip
 // factor enter here, as one scale.
 
-#include "core/op.h"
 #include "engine/run_config.h"
 
 namespace pith {

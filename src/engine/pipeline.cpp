@@ -6,19 +6,14 @@
 
 namespace pith {
 
-// Rows [begin, end) of a batch, sharing its memory.
-static Batch batch_rows(const Batch& b, int64_t begin, int64_t end) {
-  const auto rows = [&](const Tensor& t) {
-    return t ? t.row_range(begin * b.sequence, end * b.sequence) : Tensor();
-  };
-  return {rows(b.tokens),         rows(b.labels), rows(b.positions),
-          rows(b.document_start), end - begin,    b.sequence};
+// The batch with every tensor of it changed by f.
+template <class F> static Batch with_tensors(Batch b, F f) {
+  for (Tensor* t : {&b.tokens, &b.labels, &b.positions, &b.document_start}) *t = f(*t);
+  return b;
 }
 
-static Batch on_device(Batch b, Device device) {
-  for (Tensor* t : {&b.tokens, &b.labels, &b.positions, &b.document_start})
-    if (*t) *t = t->on(device);
-  return b;
+static Batch on_device(const Batch& b, Device device) {
+  return with_tensors(b, [=](const Tensor& t) { return t.on(device); });
 }
 
 // With one expert rank every row is already where its experts are.
@@ -32,12 +27,12 @@ static Carry stage5_add(const Stage1& s, const Tensor& combined, const Carry& in
 
 static void leaf(Tape& t, const Carry& c) {
   t.leaf(c.hidden);
-  if (c.delta) t.leaf(c.delta);
+  t.leaf(c.delta);
   for (const Tensor& e : c.extra) t.leaf(e);
 }
 
 static Carry take_grad(Tape& t, const Carry& c) {
-  Carry g{t.take_grad(c.hidden), c.delta ? t.take_grad(c.delta) : Tensor(), {}};
+  Carry g{t.take_grad(c.hidden), t.take_grad(c.delta), {}};
   for (const Tensor& e : c.extra) g.extra.push_back(t.take_grad(e));
   return g;
 }
@@ -168,39 +163,33 @@ void Pipeline::flush() {
   flush_wgrads(context_, queues);
 }
 
-StepSums Pipeline::train_step(const Batch& batch, bool trace, const std::vector<Tensor>& replay) {
-  const int64_t size = train_.micro_batch_size, micro_batches = batch.batch / size,
+StepSums Pipeline::run_batch(const Batch& batch, bool train, bool trace,
+                             const std::vector<Tensor>& replay) {
+  const int64_t size = train_.micro_batch_size, micro_batches = (batch.batch + size - 1) / size,
                 tokens = size * batch.sequence;
   StepSums sums{Tensor({micro_batches}, one_.dtype(), context_.device, "losses"),
                 double(batch.label_count)};
   const Batch there = on_device(batch, context_.device);  // at once: each upload waits for the GPU
-  model_.params.begin_step();
+  if (train) model_.params.begin_step();
   queues_.assign(size_t(std::min(train_.wgrad_micro_batches, batch.batch)), {});
   if (trace) sums.trace.resize(size_t(micro_batches));
   for (int64_t m = 0; m < micro_batches; ++m) {
-    const int64_t slot = m % train_.wgrad_micro_batches;
-    MicroBatch mb{batch_rows(there, m * size, (m + 1) * size), sums.labels,
-                  double(batch.batch * batch.sequence), double(micro_batches), &sums.statistics};
+    const int64_t slot = m % train_.wgrad_micro_batches,
+                  end = std::min(batch.batch, (m + 1) * size);
+    const auto rows = [&](const Tensor& t) {
+      return t.row_range(m * tokens, end * batch.sequence);
+    };
+    MicroBatch mb{with_tensors(there, rows), sums.labels, double(batch.batch * batch.sequence),
+                  double(micro_batches), train ? &sums.statistics : nullptr};
+    mb.batch = end - m * size;
     if (trace) mb.trace = &sums.trace[size_t(m)];
-    for (const Tensor& ids : replay)
-      mb.replay.push_back(ids.row_range(m * tokens, (m + 1) * tokens));
-    Record r = forward(mb, &queues_[size_t(slot)]);
+    for (const Tensor& ids : replay) mb.replay.push_back(rows(ids));
+    Record r = forward(mb, train ? &queues_[size_t(slot)] : nullptr);
     r.loss = model_.head_loss(r.head, r.last, r.mb);
     sums.losses.row_range(m, m + 1).copy_from(r.loss);
+    if (!train) continue;
     backward(r);
     if (slot == train_.wgrad_micro_batches - 1 || m == micro_batches - 1) flush();
-  }
-  return sums;
-}
-
-StepSums Pipeline::evaluate(const Batch& batch) {
-  const int64_t size = train_.micro_batch_size, micro_batches = (batch.batch + size - 1) / size;
-  StepSums sums{Tensor({micro_batches}, one_.dtype(), context_.device, "losses"),
-                double(batch.label_count)};
-  for (int64_t m = 0; m < micro_batches; ++m) {
-    const int64_t end = std::min(batch.batch, (m + 1) * size);
-    Record r = forward({batch_rows(batch, m * size, end)}, nullptr);
-    sums.losses.row_range(m, m + 1).copy_from(model_.head_loss(r.head, r.last, r.mb));
   }
   return sums;
 }

@@ -3,7 +3,6 @@
 // layer. Backward leaves sum gradients in the parameters.
 
 #include "engine/run_config.h"
-#include "models/model.h"
 
 namespace pith {
 
@@ -23,15 +22,18 @@ class Pipeline {
   // Forward and backward of a global batch. `replay` holds ids i32 [T of the global batch, K] per
   // MoE layer, or nothing.
   StepSums train_step(const Batch& batch, bool trace = false,
-                      const std::vector<Tensor>& replay = {});
+                      const std::vector<Tensor>& replay = {}) {
+    return run_batch(batch, true, trace, replay);
+  }
 
   // Forward only: the loss sum and the number of labels.
-  StepSums evaluate(const Batch& batch);
+  StepSums evaluate(const Batch& batch) { return run_batch(batch, false, false, {}); }
 
   // Forward only, to logits: wide [T, V]. With caches in `mb`: generation.
   Tensor logits(const MicroBatch& mb);
 
  private:
+  StepSums run_batch(const Batch& batch, bool train, bool trace, const std::vector<Tensor>& replay);
   struct LayerRecord;
   struct Record;  // what the forward of a micro-batch keeps for its backward
   Record forward(const MicroBatch& mb, WgradQueue* queue);  // nullptr: forward only

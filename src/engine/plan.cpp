@@ -1,16 +1,12 @@
-#include "engine/plan.h"
-
-#include "engine/checkpoint.h"
-#include "engine/pipeline.h"
+#include "engine/train.h"
 
 namespace pith {
 
 ModelOptions model_options(const RunConfig& run, Device device) {
-  const BalanceConfig& b = run.balance;
   return {.dtype = parse_dtype(run.dtype),
           .device = device,
           .max_positions = run.data.sequence_length,
-          .balance = {b.loss, b.coefficient, b.z_loss, b.bias_update_rate, run.train.force_balance},
+          .balance = run.balance,
           .bf16_grads = run.train.main_grad == "bf16"};
 }
 

@@ -44,7 +44,7 @@ template <class Config, class F> void for_each_key(Config&& c, F&& f) {
   f("train.max_minutes", c.train.max_minutes, kAmount);
   f("train.wgrad_micro_batches", c.train.wgrad_micro_batches, kPositive);
   f("train.main_grad", c.train.main_grad, Rule{"fp32 | bf16"});
-  f("train.force_balance", c.train.force_balance, kAny);
+  f("train.force_balance", c.balance.force, kAny);
   f("train.recompute", c.train.recompute, Rule{"norm | swiglu | gather | stage1"});
 
   f("optimizer.name", c.optimizer.name, Rule{"adamw | muon"});
@@ -232,7 +232,7 @@ void check(const RunConfig& c) {
          "balance.coefficient = {} needs balance.loss, which is \"none\"", c.balance.coefficient);
   refuse(c.eval.every > 0 && c.data.validation.empty(),
          "eval.every = {} needs data.validation, which is empty", c.eval.every);
-  refuse(t.force_balance && !c.trace.replay.empty(),
+  refuse(c.balance.force && !c.trace.replay.empty(),
          "train.force_balance and trace.replay both decide the routing: use one of them");
   refuse(!c.trace.routing.empty() && c.trace.routing == c.trace.replay,
          "trace.routing = \"{}\" would overwrite the trace that trace.replay reads",

@@ -2,7 +2,7 @@
 // The run file: plain structs, one member per key, whose defaults are the defaults of the keys.
 // Paths are relative to the working directory.
 
-#include "core/error.h"
+#include "models/model.h"
 
 namespace pith {
 
@@ -25,7 +25,6 @@ struct TrainConfig {
   double max_minutes = 0;           // 0 = no limit
   int64_t wgrad_micro_batches = 1;  // weight gradients of so many micro-batches in one GEMM
   std::string main_grad = "fp32";   // fp32 | bf16
-  bool force_balance = false;       // benchmarks: ids dealt out evenly, whatever the router says
   std::vector<std::string> recompute;
 
   int64_t last_step() const { return stop_after > 0 ? std::min(stop_after, steps) : steps; }
@@ -45,14 +44,6 @@ struct OptimizerConfig {
   double clip_norm = 1.0;  // 0 = no clipping
 };
 
-struct BalanceConfig {
-  std::string loss = "none";  // none | micro_batch | sequence | global_batch
-  double coefficient = 0.0;
-  double z_loss = 0.0;                 // coefficient
-  double bias_update_rate = 0.0;       // auxiliary-loss-free balancing
-  std::string bias_export = "refuse";  // where Hugging Face has no tensor for it: refuse | drop
-};
-
 struct RunConfig {
   std::string model;      // required: a config.json or a Hugging Face directory
   std::string tokenizer;  // tokenizer.json or a directory, copied into checkpoints; empty = none
@@ -64,7 +55,7 @@ struct RunConfig {
   DataConfig data;
   TrainConfig train;
   OptimizerConfig optimizer;
-  BalanceConfig balance;
+  Balance balance;
   struct {
     int64_t every = 0;  // updates; 0 = never
     int64_t batches = 8;

@@ -1,12 +1,11 @@
 #include "engine/train.h"
 
+#include <omp.h>
+
 #include <atomic>
 #include <csignal>
 #include <filesystem>
 
-#include "engine/checkpoint.h"
-#include "engine/metrics.h"
-#include "engine/plan.h"
 #include "engine/trace.h"
 
 namespace pith {
@@ -17,10 +16,6 @@ std::atomic<int> stop_signal{0};
 void request_stop(int signal) {
   // A second Ctrl-C does not wait.
   if (stop_signal.exchange(signal) && signal == SIGINT) _Exit(130);
-}
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 double mean_statistic(const StepSums& sums, const char* name, double count) {
@@ -56,108 +51,82 @@ void require_empty(const std::string& out) {
                  name);
 }
 
-// One run: everything that lives from the first step to the last.
-struct Trainer {
-  const RunConfig& run;
-  Device device = parse_device(run.device);
-  Context context = make_context(run, device);
-  std::unique_ptr<Model> model =
-      make_model(read_model_config(run.model), model_options(run, device));
-  Optimizer optimizer = {model->params, run, context};
-  Pipeline pipeline = {*model, context, run.train};
-  Loader loader = {run.data.train, run.data.sequence_length, model->size.vocabulary,
-                   run.data.document_mask, uint64_t(run.train.seed)};
-  std::optional<Loader> validation = {};
-  Checkpoints checkpoints = {run, *model, optimizer};
-  double peak_flops = measure_peak_flops(context.dtype, device);
-
-  // From the newest checkpoint, the weights of a directory or random ones; gives the updates done.
-  int64_t start() {
-    std::vector<WeightedCorpus> corpora;
-    for (const std::string& prefix : run.data.validation) corpora.emplace_back(prefix, 1.0);
-    if (run.eval.every > 0)
-      validation.emplace(corpora, run.data.sequence_length, model->size.vocabulary,
-                         run.data.document_mask, std::nullopt);
-    const std::string last = Checkpoints::latest(run.out);
-    if (!last.empty()) {
-      const int64_t step = checkpoints.load(last);
-      say(stderr, fmt::format("continuing from {}\n", last));
-      return step;
-    }
-    model->params.initialize(uint64_t(run.train.seed), model->size.init_std);
-    if (has_weights(run.model)) load_weights(model->params, run.model, model->ignored_when_reading);
-    return 0;
-  }
-
-  double validation_loss() {
-    const int64_t rows =
-        std::min(validation->size(), run.eval.batches * run.train.micro_batch_size);
-    const StepSums sums = pipeline.evaluate(validation->batch(0, rows));
-    return sums.loss() / sums.labels;
-  }
-
-  // Where no update has a step line of its own to say it.
-  void say_validation_loss(int64_t step) {
-    say(stdout, fmt::format("step {}/{}  validation_loss {:.4f}\n", step, run.train.steps,
-                            validation_loss()));
-  }
-
-  // One update; `step` is its 1-based number.
-  StepMetrics step(int64_t step) {
-    const auto begin = std::chrono::steady_clock::now();
-    const int64_t rows = run.train.global_batch_size;
-    std::vector<OpEvent> events;
-    if (std::ranges::count(run.profile.steps, step) > 0) {
-      context.timeline = &events;
-      if (device == Device::cuda) cuda::start_timeline();
-    }
-    context.total = {};
-    const Batch batch = loader.batch((step - 1) * rows, rows);
-    std::vector<Tensor> replay;
-    if (!run.trace.replay.empty())
-      replay = read_routing_trace(run.trace.replay, step, model->size, batch);
-    const StepSums sums = pipeline.train_step(batch, !run.trace.routing.empty(), replay);
-    StepMetrics m;
-    m.lr = learning_rate(run.optimizer, run.train.steps, step);
-    optimizer.update(m.lr, step, sums.labels);
-    // Up to here nothing has waited for the device.
-    const Optimizer::Norm norm = optimizer.norm();
-    m.loss = sums.loss() / sums.labels;
-    if (!norm.finite() || !std::isfinite(m.loss))
-      fail(
-          "step {}: the {} is not finite (loss {}); the last checkpoint stays. "
-          "debug.check_finite=true names the op",
-          step, norm.finite() ? "loss" : "gradient of " + norm.first_bad, m.loss);
-    model->after_step(sums.statistics);
-    if (!run.trace.routing.empty()) write_routing_trace(run.trace.routing, step, sums, batch);
-    if (context.timeline) {
-      make_directory(run.out + "/profile");
-      const std::string file = fmt::format("{}/profile/step-{:08d}.json", run.out, step);
-      const bool gpu = device == Device::cuda;
-      const std::string stages =
-          write_timeline(file, events, gpu ? cuda::stop_timeline() : cuda::Timeline());
-      say(stderr, fmt::format("step {}, time by stage, in {}.stages.csv\n{}", step, file, stages));
-      context.timeline = nullptr;  // `events` ends here, validation may follow
-    }
-
-    const double tokens = double(batch.batch * batch.sequence),
-                 micro_batches = double(rows) / double(run.train.micro_batch_size),
-                 layers = double(model->size.moe_layers);
-    m.step = step;
-    m.balance_loss = mean_statistic(sums, "balance_loss", micro_batches * layers);
-    if (run.balance.z_loss != 0) m.z_loss = mean_statistic(sums, "z_loss", tokens * layers);
-    m.grad_norm = norm.value;
-    if (device == Device::cuda) cuda::synchronize();
-    m.seconds = seconds_since(begin);
-    m.tokens_per_second = tokens / m.seconds;
-    m.sol = context.total.flops / peak_flops / m.seconds;
-    m.peak_gb = double(memory::peak(device)) / 1e9;
-    m.load = expert_load(sums, *model);
-    return m;
-  }
-};
-
 }  // namespace
+
+int64_t Trainer::start() {
+  std::vector<WeightedCorpus> corpora;
+  for (const std::string& prefix : run.data.validation) corpora.emplace_back(prefix, 1.0);
+  if (run.eval.every > 0)
+    validation.emplace(corpora, run.data.sequence_length, model->size.vocabulary,
+                       run.data.document_mask, std::nullopt);
+  const std::string last = Checkpoints::latest(run.out);
+  if (!last.empty()) {
+    const int64_t step = checkpoints.load(last);
+    say(stderr, fmt::format("continuing from {}\n", last));
+    return step;
+  }
+  model->params.initialize(uint64_t(run.train.seed), model->size.init_std);
+  if (has_weights(run.model)) load_weights(model->params, run.model, model->ignored_when_reading);
+  return 0;
+}
+
+double Trainer::validation_loss() {
+  const int64_t rows = std::min(validation->size(), run.eval.batches * run.train.micro_batch_size);
+  const StepSums sums = pipeline.evaluate(validation->batch(0, rows));
+  return sums.loss() / sums.labels;
+}
+
+StepMetrics Trainer::step(int64_t step, const std::string& timeline_file) {
+  const double begin = omp_get_wtime();
+  const int64_t rows = run.train.global_batch_size;
+  const bool gpu = device == Device::cuda;
+  std::vector<OpEvent> events;
+  if (!timeline_file.empty()) {
+    context.timeline = &events;
+    if (gpu) cuda::start_timeline();
+  }
+  context.total = {};
+  const Batch batch = loader.batch((step - 1) * rows, rows);
+  std::vector<Tensor> replay;
+  if (!run.trace.replay.empty())
+    replay = read_routing_trace(run.trace.replay, step, model->size, batch);
+  const StepSums sums = pipeline.train_step(batch, !run.trace.routing.empty(), replay);
+  StepMetrics m;
+  m.lr = learning_rate(run.optimizer, run.train.steps, step);
+  optimizer.update(m.lr, step, sums.labels);
+  // Up to here nothing has waited for the device.
+  const Optimizer::Norm norm = optimizer.norm();
+  m.loss = sums.loss() / sums.labels;
+  if (!norm.finite() || !std::isfinite(m.loss))
+    fail(
+        "step {}: the {} is not finite (loss {}); the last checkpoint stays. "
+        "debug.check_finite=true names the op",
+        step, norm.finite() ? "loss" : "gradient of " + norm.first_bad, m.loss);
+  model->after_step(sums.statistics);
+  if (!run.trace.routing.empty()) write_routing_trace(run.trace.routing, step, sums, batch);
+  if (context.timeline) {
+    const auto timeline = gpu ? cuda::stop_timeline() : cuda::Timeline{.host_syncs = 0};
+    host_syncs = timeline.host_syncs;
+    say(stderr, fmt::format("step {}, time by stage, in {}.stages.csv\n{}", step, timeline_file,
+                            write_timeline(timeline_file, events, timeline)));
+    context.timeline = nullptr;  // `events` ends here, validation may follow
+  }
+
+  const double tokens = double(batch.batch * batch.sequence),
+               micro_batches = double(rows) / double(run.train.micro_batch_size),
+               layers = double(model->size.moe_layers);
+  m.step = step;
+  m.balance_loss = mean_statistic(sums, "balance_loss", micro_batches * layers);
+  if (run.balance.z_loss != 0) m.z_loss = mean_statistic(sums, "z_loss", tokens * layers);
+  m.grad_norm = norm.value;
+  if (gpu) cuda::synchronize();
+  m.seconds = omp_get_wtime() - begin;
+  m.tokens_per_second = tokens / m.seconds;
+  m.sol = context.total.flops / peak_flops / m.seconds;
+  m.peak_gb = double(memory::peak(device)) / 1e9;
+  m.load = expert_load(sums, *model);
+  return m;
+}
 
 void train(const RunConfig& run) {
   const Plan plan = make_plan(run);
@@ -170,17 +139,24 @@ void train(const RunConfig& run) {
   Trainer trainer{run};
   // As the C library's signal() does it, system calls of a save under way go on.
   for (int s : {SIGTERM, SIGUSR1, SIGINT}) std::signal(s, request_stop);
-  const auto begin = std::chrono::steady_clock::now();
+  const double begin = omp_get_wtime();
   int64_t step = trainer.start(), saved = step;
   const int64_t steps = run.train.steps, last = run.train.last_step();
-  if (trainer.validation && step == 0) trainer.say_validation_loss(step);
+  const auto say_validation_loss = [&] {  // where no update has a step line of its own to say it
+    say(stdout, fmt::format("step {}/{}  validation_loss {:.4f}\n", step, steps,
+                            trainer.validation_loss()));
+  };
+  if (trainer.validation && step == 0) say_validation_loss();
   Metrics metrics(run, step);
   const auto due = [&](int64_t every) { return every > 0 && step % every == 0; };
   const double limit = run.train.max_minutes > 0 ? 60 * run.train.max_minutes : HUGE_VAL;
 
-  while (step < last && !stop_signal && seconds_since(begin) <= limit) {
+  while (step < last && !stop_signal && omp_get_wtime() - begin <= limit) {
     ++step;
-    StepMetrics m = trainer.step(step);
+    const bool profiled = std::ranges::count(run.profile.steps, step) > 0;
+    if (profiled) make_directory(run.out + "/profile");
+    const std::string file = fmt::format("{}/profile/step-{:08d}.json", run.out, step);
+    StepMetrics m = trainer.step(step, profiled ? file : "");
     // Not at stop_after: a run in two parts says the same as one in one part.
     if (trainer.validation && (due(run.eval.every) || step == steps))
       m.validation_loss = trainer.validation_loss();
@@ -189,7 +165,7 @@ void train(const RunConfig& run) {
   }
   if (saved != step) trainer.checkpoints.save(step);
   trainer.checkpoints.finish();
-  if (trainer.validation && step < steps && step > 0) trainer.say_validation_loss(step);
+  if (trainer.validation && step < steps && step > 0) say_validation_loss();
   const char* why = stop_signal   ? "stopped by a signal"
                     : step < last ? "train.max_minutes is up"
                                   : "done";

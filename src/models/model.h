@@ -19,21 +19,22 @@
 
 namespace pith {
 
-// What the run asks of routing, beside the model's own rule; words and meanings of the run file's
-// [balance].
+// What the run asks of routing, beside the model's own rule: the run file's [balance] and
+// train.force_balance.
 struct Balance {
-  std::string loss = "none";    // none | micro_batch | sequence | global_batch
-  double coefficient = 0;       // of the balance loss
-  double z_loss = 0;            // coefficient of the router z-loss
-  double bias_update_rate = 0;  // auxiliary-loss-free balancing
-  bool force = false;           // round-robin ids, for benchmarks
+  std::string loss = "none";           // none | micro_batch | sequence | global_batch
+  double coefficient = 0;              // of the balance loss
+  double z_loss = 0;                   // coefficient of the router z-loss
+  double bias_update_rate = 0;         // auxiliary-loss-free balancing
+  std::string bias_export = "refuse";  // where Hugging Face has no tensor for it: refuse | drop
+  bool force = false;                  // benchmarks: ids dealt out evenly, whatever the router says
 };
 
 struct ModelOptions {
   DType dtype = DType::f32;
   Device device = Device::cpu;
-  bool training = true;                   // gradients and masters
-  int64_t max_positions = 0;              // rows of the rotary tables
+  bool training = true;       // gradients and masters
+  int64_t max_positions = 0;  // rows of the rotary tables
   Balance balance;
   bool bf16_grads = false;  // main gradients of matrices
 };

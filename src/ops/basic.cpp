@@ -6,12 +6,6 @@
 namespace pith {
 namespace {
 
-int64_t row_size(const Tensor& x) {  // columns, known for no rows too
-  int64_t n = 1;
-  for (int i = 1; i < x.rank(); ++i) n *= x.dim(i);
-  return n;
-}
-
 // One term of a result: its element of y is the sum of f(element of a, element of b). An element of
 // -1 stands for zero.
 struct Term {
@@ -68,7 +62,7 @@ void require_one_dtype(const Op& op, const Tensor& a, const Tensor& b) {
 // The element of b, in one of the forms that broadcast, that meets element i of a.
 auto broadcast(const Op& op, const Tensor& a, const Tensor& b) {
   require_one_dtype(op, a, b);
-  const int64_t cols = row_size(a);
+  const int64_t cols = a.cols();
   const bool same = b.shape() == a.shape(), one = b.numel() == 1,
              row = b.shape() == Shape{cols} || b.shape() == Shape{1, cols};
   op.require(same || one || row || b.shape() == Shape{a.rows(), 1},
@@ -140,7 +134,7 @@ Tensor softmax(Tape& t, const Tensor& x, Loc at) {
 
 Tensor sum(Tape& tape, const Tensor& x, int dim, Loc at) {
   Op op(tape, "sum", at, {{"x", x}});
-  const int64_t cols = row_size(x);
+  const int64_t cols = x.cols();
   const auto place = [=](int64_t i) { return Term{dim == 0 ? i % cols : i / cols, i}; };
   return move(op, "sum", x, dim == 0 ? Shape{1, cols} : Shape{x.rows(), 1}, x.numel(), place);
 }
@@ -190,7 +184,7 @@ Tensor transpose(Tape& tape, const Tensor& x, Loc at) {
 
 Tensor slice(Tape& tape, const Tensor& x, int dim, int64_t begin, int64_t end, Loc at) {
   Op op(tape, "slice", at, {{"x", x}});
-  const int64_t rows = x.rows(), cols = row_size(x), size = dim == 0 ? rows : cols;
+  const int64_t rows = x.rows(), cols = x.cols(), size = dim == 0 ? rows : cols;
   op.require(0 <= begin && begin <= end && end <= size, "{} [{}, {}) of {}",
              dim == 0 ? "rows" : "columns", begin, end, size);
   const Shape shape = dim == 0 ? Shape{end - begin, cols} : Shape{rows, end - begin};
@@ -201,14 +195,13 @@ Tensor slice(Tape& tape, const Tensor& x, int dim, int64_t begin, int64_t end, L
 
 Tensor concat(Tape& tape, const Tensor& a, const Tensor& b, int dim, Loc at) {
   Op op(tape, "concat", at, {{"a", a}, {"b", b}});
-  op.require(dim == 0 ? row_size(a) == row_size(b) : a.rows() == b.rows(),
-             "a and b must have as many {}", dim == 0 ? "columns" : "rows");
+  op.require(dim == 0 ? a.cols() == b.cols() : a.rows() == b.rows(), "a and b must have as many {}",
+             dim == 0 ? "columns" : "rows");
   require_one_dtype(op, a, b);
   // Runs of a and b in turn: rows, or one run of each.
-  const int64_t of_a = dim == 0 ? a.numel() : row_size(a),
-                of_b = dim == 0 ? b.numel() : row_size(b);
-  const Shape shape = dim == 0 ? Shape{a.rows() + b.rows(), row_size(a)}
-                               : Shape{a.rows(), row_size(a) + row_size(b)};
+  const int64_t of_a = dim == 0 ? a.numel() : a.cols(), of_b = dim == 0 ? b.numel() : b.cols();
+  const Shape shape =
+      dim == 0 ? Shape{a.rows() + b.rows(), a.cols()} : Shape{a.rows(), a.cols() + b.cols()};
   const auto place = [=](int64_t i) {
     const int64_t run = i / (of_a + of_b), at = i % (of_a + of_b);
     return at < of_a ? Term{i, run * of_a + at} : Term{i, -1, run * of_b + at - of_a};
@@ -231,7 +224,7 @@ Tensor gather_cols(Tape& tape, const Tensor& x, const Tensor& index, Loc at) {
   Op op(tape, "gather_cols", at, {{"x", x}, {"index", index}});
   op.require(index.dtype() == DType::i32 && index.rank() == 2 && index.dim(0) == x.rows(),
              "index must be int32[{}, k]", x.rows());
-  const int64_t cols = row_size(x), k = index.dim(1);
+  const int64_t cols = x.cols(), k = index.dim(1);
   if (index.device() == Device::cpu)
     for (const int32_t column : index.span<int32_t>())
       op.require(0 <= column && column < cols, "index {} is outside {} columns", column, cols);
@@ -241,7 +234,7 @@ Tensor gather_cols(Tape& tape, const Tensor& x, const Tensor& index, Loc at) {
 
 Tensor top_k(Tape& tape, const Tensor& x, int64_t k, Loc at) {
   Op op(tape, "top_k", at, {{"x", x}});
-  const int64_t rows = x.rows(), cols = row_size(x);
+  const int64_t rows = x.rows(), cols = x.cols();
   op.require(0 <= k && k <= cols, "the best {} of {} columns", k, cols);
   Tensor ids = op.workspace("top_k", {rows, k}, DType::i32);
   op.run({.bytes = double(x.nbytes() + ids.nbytes())}, [&] {

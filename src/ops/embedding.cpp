@@ -45,52 +45,28 @@ template <class T> Acc<T> cross_entropy_row(Acc<T>* logits, int64_t n, int32_t l
 
 // logits and dlogits are of one chunk. dlogits, dx and dw are empty when not wanted.
 struct Head {
-  Tensor x, w, labels, token_loss, logits, dlogits, dx;
+  Tensor x, w, logits, dlogits, dx;
   Op::Into dw;
 };
 
-template <class T> void run_head(Head& head) {
-  using A = Acc<T>;
+// One chunk after the other, with the matrix products of a device. loss_of(begin, end) makes the
+// losses of these rows from the logits, and dlogits.
+void run_head(Head& head, auto gemm, auto loss_of) {
   const int64_t tokens = head.x.dim(0), h = head.x.dim(1), v = head.w.dim(0);
-  const DType narrow = dtype_of<T>(), wide = dtype_of<A>();
-  A *logits = head.logits.data<A>(), *loss = head.token_loss.data<A>();
-  T* dlogits = head.dlogits ? head.dlogits.data<T>() : nullptr;
-  const int32_t* labels = head.labels.data<int32_t>();
+  const DType type = head.x.dtype();
   if (tokens == 0 && head.dw && !head.dw.add) head.dw.tensor.fill_zero();
   for (int64_t begin = 0; begin < tokens; begin += head.logits.dim(0)) {
     const int64_t end = std::min(tokens, begin + head.logits.dim(0)), rows = end - begin;
     const Tensor x = head.x.row_range(begin, end);
-    cpu::gemm(false, true, rows, v, h, x.raw(), head.w.raw(), narrow, logits, wide, false);
-    cpu::parallel_rows(rows, v, [&](int64_t t) {
-      loss[begin + t] = cross_entropy_row<T>(logits + t * v, v, labels[begin + t],
-                                             dlogits ? dlogits + t * v : nullptr);
-    });
+    gemm(false, true, rows, v, h, x.raw(), head.w.raw(), type, head.logits.raw(),
+         head.logits.dtype(), false);
+    loss_of(begin, end);
     if (head.dx)
-      cpu::gemm(false, false, rows, h, v, dlogits, head.w.raw(), narrow,
-                head.dx.row_range(begin, end).raw(), narrow, false);
+      gemm(false, false, rows, h, v, head.dlogits.raw(), head.w.raw(), type,
+           head.dx.row_range(begin, end).raw(), type, false);
     if (head.dw)
-      cpu::gemm(true, false, v, h, rows, dlogits, x.raw(), narrow, head.dw.tensor.raw(), wide,
-                head.dw.add || begin > 0);
-  }
-}
-
-void run_head_on_gpu(Head& head, auto stream) {
-  const int64_t tokens = head.x.dim(0), h = head.x.dim(1), v = head.w.dim(0);
-  const DType narrow = head.x.dtype();
-  if (tokens == 0 && head.dw && !head.dw.add) head.dw.tensor.fill_zero();
-  for (int64_t begin = 0; begin < tokens; begin += head.logits.dim(0)) {
-    const int64_t end = std::min(tokens, begin + head.logits.dim(0)), rows = end - begin;
-    const Tensor x = head.x.row_range(begin, end);
-    cuda::gemm(false, true, rows, v, h, x.raw(), head.w.raw(), narrow, head.logits.raw(), narrow,
-               false, stream);
-    cuda::cross_entropy(head.logits, head.labels.row_range(begin, end),
-                        head.token_loss.row_range(begin, end), bool(head.dlogits), stream);
-    if (head.dx)
-      cuda::gemm(false, false, rows, h, v, head.dlogits.raw(), head.w.raw(), narrow,
-                 head.dx.row_range(begin, end).raw(), narrow, false, stream);
-    if (head.dw)
-      cuda::gemm(true, false, v, h, rows, head.dlogits.raw(), x.raw(), narrow, head.dw.tensor.raw(),
-                 head.dw.tensor.dtype(), head.dw.add || begin > 0, stream);
+      gemm(true, false, v, h, rows, head.dlogits.raw(), x.raw(), type, head.dw.tensor.raw(),
+           head.dw.tensor.dtype(), head.dw.add || begin > 0);
   }
 }
 
@@ -154,8 +130,7 @@ HeadLoss head_loss(Tape& tape, const Tensor& x, Param& w, const Tensor& labels, 
   HeadLoss out{op.output("loss", {1}, wide), op.workspace("token_loss", {rows}, wide)};
   // On a GPU in the dtype of x: what reads and writes them costs as much as a product.
   const DType logits_type = op.on_gpu() ? x.dtype() : wide;
-  Head head{x, w.value, labels, out.token_loss,
-            op.workspace("logits", {chunk, vocabulary}, logits_type)};
+  Head head{x, w.value, op.workspace("logits", {chunk, vocabulary}, logits_type)};
   if (op.recording()) {
     head.dw = op.accumulate(w);
     head.dlogits = x.dtype() == logits_type
@@ -169,13 +144,26 @@ HeadLoss head_loss(Tape& tape, const Tensor& x, Param& w, const Tensor& labels, 
   cpu::run(
       op, cost, x.dtype(),
       [&](auto z) {
-        using A = Acc<decltype(z)>;
-        run_head<decltype(z)>(head);
-        const auto loss = out.token_loss.span<A>();
-        out.sum.data<A>()[0] = A(std::accumulate(loss.begin(), loss.end(), 0.0));
+        using T = decltype(z);
+        using A = Acc<T>;
+        A *logits = head.logits.data<A>(), *loss = out.token_loss.data<A>();
+        T* dlogits = head.dlogits ? head.dlogits.data<T>() : nullptr;
+        const int32_t* label = labels.data<int32_t>();
+        run_head(head, cpu::gemm, [&](int64_t begin, int64_t end) {
+          cpu::parallel_rows(end - begin, vocabulary, [&](int64_t t) {
+            loss[begin + t] =
+                cross_entropy_row<T>(logits + t * vocabulary, vocabulary, label[begin + t],
+                                     dlogits ? dlogits + t * vocabulary : nullptr);
+          });
+        });
+        out.sum.data<A>()[0] = A(std::accumulate(loss, loss + rows, 0.0));
       },
       [&](auto stream) {
-        run_head_on_gpu(head, stream);
+        const auto gemm = [&](auto... a) { cuda::gemm(a..., stream); };
+        run_head(head, gemm, [&](int64_t begin, int64_t end) {
+          cuda::cross_entropy(head.logits, labels.row_range(begin, end),
+                              out.token_loss.row_range(begin, end), bool(head.dlogits), stream);
+        });
         cuda::sum_terms(out.token_loss, out.sum, stream);
       });
   if (head.dx)

@@ -226,8 +226,7 @@ Tensor swiglu(Tape& tape, const Tensor& gate_up, const Tensor& weights, const Ex
   op.recompute(op.context().recompute.swiglu, false, y, forward);
   op.backward([=, y = y.identity()](Op& op) {
     const Tensor dy = op.grad(y);
-    const Op::Into into = op.accumulate(gate_up),
-                   dw = weights ? op.accumulate(weights) : Op::Into{};
+    const Op::Into into = op.accumulate(gate_up), dw = op.accumulate(weights);
     if (!into && !dw) return;
     // Where nobody wants the larger gradient the kernel still needs a place to write it.
     Tensor d = into ? into.tensor : op.workspace("swiglu_grad", gate_up.shape(), gate_up.dtype());

@@ -87,7 +87,7 @@ AddNorm add_rms_norm(Tape& tape, const Tensor& x, const Tensor& delta, Param& w,
   op.backward([x = x.identity(), delta = delta.identity(), has_delta = bool(delta),
                y = out.y.identity(), sum = out.sum, rstd, &w](Op& op) {
     const Tensor dy = op.grad(y), dsum = has_delta ? op.grad(sum) : Tensor();
-    Op::Into grads[] = {op.accumulate(x), has_delta ? op.accumulate(delta) : Op::Into()};
+    Op::Into grads[] = {op.accumulate(x), op.accumulate(delta)};
     const int64_t count =
         op.on_gpu() ? cuda::norm_parts(x.dim(0)) : (x.dim(0) + kPartRows - 1) / kPartRows;
     Tensor parts = op.workspace("dw_parts", {count, x.dim(1)}, rstd.dtype());

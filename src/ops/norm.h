@@ -15,8 +15,4 @@ struct AddNorm {
 AddNorm add_rms_norm(Tape& tape, const Tensor& x, const Tensor& delta, Param& w, float eps,
                      Loc at = Loc::current());
 
-inline Tensor rms_norm(Tape& tape, const Tensor& x, Param& w, float eps, Loc at = Loc::current()) {
-  return add_rms_norm(tape, x, {}, w, eps, at).y;
-}
-
 }  // namespace pith

@@ -7,6 +7,6 @@
 #include "ops/embedding.h"  // embedding, head_loss
 #include "ops/experts.h"    // order_by_expert, gather_rows, swiglu, sum_rows
 #include "ops/linear.h"     // linear, grouped_linear, flush_wgrads
-#include "ops/norm.h"       // rms_norm, add_rms_norm
+#include "ops/norm.h"       // add_rms_norm
 #include "ops/optimizer.h"  // sum_of_squares, adamw_update, muon_update
 #include "ops/router.h"     // route_top_k, balance losses
