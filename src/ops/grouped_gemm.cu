@@ -1,7 +1,7 @@
-#include <algorithm>
+#include <cudaTypedefs.h>
 
+#include "core/cuda_helpers.cuh"
 #include "ops/cuda.h"
-#include "ops/cuda_helpers.cuh"
 #include "ops/hopper.cuh"
 
 // Products of consecutive rows with the matrix of their expert, bf16 with fp32 accumulation. Persistent clusters of
@@ -349,15 +349,21 @@ __global__ void zero_tail(uint8_t* y, int64_t rows, int64_t row_bytes, const int
   for (; i < end; i += step) y[i] = 0;
 }
 
-template <Kind kKind, class Out, bool kAdd> void launch(const Problem& p, Stream stream) {
-  const auto kernel = grouped_gemm<kKind, Out, kAdd>;
+template <Kind kKind, class Out, bool kAdd> void run(const Problem& p, Stream stream) {
   constexpr int bytes = sizeof(typename Gemm<kKind, Out, kAdd>::Shared);
-  static const int clusters = [&] {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    return multiprocessors() / 2;
-  }();
-  kernel<<<2 * clusters, 384, bytes, stream>>>(p);
-  check(cudaGetLastError());
+  const auto kernel = grouped_gemm<kKind, Out, kAdd>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  launch(kernel, {multiprocessors() / 2 * 2, 384, bytes}, stream, p);
+}
+
+// The driver's function, found at run time: the program links nothing of it.
+PFN_cuTensorMapEncodeTiled_v12000 encode_map() {
+  void* f = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault,
+                                         &found));
+  if (!f) fail("CUDA: the driver has no cuTensorMapEncodeTiled: it is older than CUDA 12");
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(f);
 }
 
 // A map of [depth, rows, cols] in boxes of 128 bytes by `box_rows`.
@@ -367,11 +373,12 @@ CUtensorMap map_of(const Tensor& t, int64_t depth, int64_t rows, int64_t cols, i
                  strides[] = {cols * size, cols * rows * size};
   const uint32_t box[] = {uint32_t(128 / size), uint32_t(box_rows), 1}, steps[] = {1, 1, 1};
   CUtensorMap map;
-  check(driver<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled")(
+  const CUresult e = encode_map()(
       &map, size == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
       const_cast<void*>(t.raw()), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (e != CUDA_SUCCESS) fail("CUDA driver: error {}", int(e));
   return map;
 }
 
@@ -381,82 +388,61 @@ bool fits_tma(const Tensor& t) {
          reinterpret_cast<uintptr_t>(t.raw()) % 16 == 0;
 }
 
-void rows_times_weights(Kind kind, const Tensor& x, const Tensor& w, const Tensor& offsets,
-                        Tensor y, Stream stream) {
+}  // namespace
+
+void grouped_multiply(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offsets,
+                      Tensor y, Stream stream) {
   const int experts = int(w.dim(0)), k = int(x.dim(1)), n = int(y.dim(1));
   const int* at = offsets.data<int32_t>();
   if (x.dim(0) == 0 || n == 0) return;
-  zero_tail<<<32, 256, 0, stream>>>(static_cast<uint8_t*>(y.raw()), y.dim(0),
-                                    n * int64_t(size_of(y.dtype())), at + experts);
+  launch(zero_tail, {32, 256}, stream, y, y.dim(0), n * size_of(y.dtype()), at + experts);
   if (experts <= kMaxExperts && fits_tma(x) && fits_tma(w) && fits_tma(y)) {
     Problem p{.out_rows = data<Bf16>(y), .segments = 1, .experts = experts, .n = n, .k = k};
     p.segment[0] = {map_of(x, 1, x.dim(0), k, kM),
-                    map_of(w, experts, w.dim(1), w.dim(2), kind == Kind::forward ? 128 : 64), at};
+                    map_of(w, experts, w.dim(1), w.dim(2), trans_w ? 128 : 64), at};
     p.out = map_of(y, 1, y.dim(0), n, 64);
-    kind == Kind::forward ? launch<Kind::forward, Bf16, false>(p, stream)
-                          : launch<Kind::input_gradient, Bf16, false>(p, stream);
-    return;
+    return (trans_w ? run<Kind::forward, Bf16, false>
+                    : run<Kind::input_gradient, Bf16, false>)(p, stream);
   }
   const int64_t size = w.dim(1) * w.dim(2), row = w.dim(2);
-  const Strides sb = kind == Kind::forward ? Strides{1, row, size} : Strides{row, 1, size};
+  const Strides sb = trans_w ? Strides{1, row, size} : Strides{row, 1, size};
   by_float_on_device(x.dtype(), [&](auto z) {
     using T = decltype(z);
-    const dim3 grid((n + 127) / 128, 64, experts);
-    simple_gemm<<<grid, 128, 0, stream>>>(data<const T>(x), {k, 1, 0}, data<const T>(w), sb,
-                                          data<T>(y), {n, 1, 0}, at, false, 0, n, k, false);
-    check(cudaGetLastError());
+    const dim3 blocks(blocks_for(n, 128), 64, experts);
+    launch(simple_gemm<T, T>, {blocks, 128}, stream, x, Strides{k, 1, 0}, w, sb, y,
+           Strides{n, 1, 0}, at, false, 0, n, k, false);
   });
-}
-
-}  // namespace
-
-void grouped_forward(const Tensor& x, const Tensor& w, const Tensor& offsets, Tensor y,
-                     Stream stream) {
-  rows_times_weights(Kind::forward, x, w, offsets, y, stream);
-}
-
-void grouped_input_gradient(const Tensor& dy, const Tensor& w, const Tensor& offsets, Tensor dx,
-                            Stream stream) {
-  rows_times_weights(Kind::input_gradient, dy, w, offsets, dx, stream);
 }
 
 void grouped_weight_gradient(std::span<WgradRecord* const> records, Op::Into dw, Stream stream) {
   const Tensor& out = dw.tensor;
   const int experts = int(out.dim(0)), n = int(out.dim(1)), k = int(out.dim(2));
-  const bool fast = experts <= kMaxExperts && out.dtype() != DType::f64 &&
-                    std::ranges::all_of(records, [](const WgradRecord* r) {
+  const bool fast = experts <= kMaxExperts && std::ranges::all_of(records, [](const auto* r) {
                       return r->x.dim(0) > 0 && fits_tma(r->x) && fits_tma(r->dy);
                     });
   const size_t step = fast ? kMaxSegments : 1;
   for (size_t first = 0; first < records.size(); first += step) {
     const auto part = records.subspan(first, std::min(step, records.size() - first));
     const bool add = dw.add || first > 0;
-    if (!fast) {
+    by_float_on_device(out.dtype(), [&](auto o) {
+      using Out = decltype(o);
+      if (fast) {
+        Problem p{.segments = int(part.size()), .experts = experts, .m = n, .n = k};
+        for (size_t i = 0; i < part.size(); ++i)
+          p.segment[i] = {map_of(part[i]->dy, 1, part[i]->dy.dim(0), n, 64),
+                          map_of(part[i]->x, 1, part[i]->x.dim(0), k, 64),
+                          part[i]->offsets.data<int32_t>()};
+        p.out = map_of(out, experts, n, k, 64);
+        constexpr Kind kind = Kind::weight_gradient;
+        return (add ? run<kind, Out, true> : run<kind, Out, false>)(p, stream);
+      }
       const WgradRecord& r = *part[0];
       by_float_on_device(r.x.dtype(), [&](auto z) {
-        using T = decltype(z);
-        by_float_on_device(out.dtype(), [&](auto o) {
-          using Out = decltype(o);
-          const dim3 grid((k + 127) / 128, std::min(n, 1024), experts);
-          simple_gemm<<<grid, 128, 0, stream>>>(data<const T>(r.dy), {1, n, 0}, data<const T>(r.x),
-                                                {k, 1, 0}, data<Out>(out), {k, 1, int64_t(n) * k},
-                                                r.offsets.data<int32_t>(), true, n, k, 0, add);
-          check(cudaGetLastError());
-        });
+        const dim3 blocks(blocks_for(k, 128), std::min(n, 1024), experts);
+        launch(simple_gemm<decltype(z), Out>, {blocks, 128}, stream, r.dy, Strides{1, n, 0}, r.x,
+               Strides{k, 1, 0}, out, Strides{k, 1, int64_t(n) * k}, r.offsets, true, n, k, 0, add);
       });
-      continue;
-    }
-    Problem p{.segments = int(part.size()), .experts = experts, .m = n, .n = k};
-    for (size_t i = 0; i < part.size(); ++i)
-      p.segment[i] = {map_of(part[i]->dy, 1, part[i]->dy.dim(0), n, 64),
-                      map_of(part[i]->x, 1, part[i]->x.dim(0), k, 64),
-                      part[i]->offsets.data<int32_t>()};
-    p.out = map_of(out, experts, n, k, 64);
-    constexpr Kind kind = Kind::weight_gradient;
-    if (out.dtype() == DType::f32)
-      add ? launch<kind, float, true>(p, stream) : launch<kind, float, false>(p, stream);
-    else
-      add ? launch<kind, Bf16, true>(p, stream) : launch<kind, Bf16, false>(p, stream);
+    });
   }
 }
 

@@ -1,5 +1,5 @@
+#include "core/cuda_helpers.cuh"
 #include "ops/cuda.h"
-#include "ops/cuda_helpers.cuh"
 
 // Muon for a stack of matrices, as many at a time as have room: momentum and the sum of squares, division by the norm,
 // five iterations of three products each, whose other terms the products add themselves, and the step.
@@ -102,15 +102,13 @@ void muon_update(const Muon& rule, const Tensor& grad, Tensor buf, Tensor master
     using T = decltype(z);
     for (int64_t first = 0; first < batch; first += slots) {
       const int64_t at = first * area, count = std::min(slots, batch - first);
-      const dim3 grid(std::min(blocks_for(area, 4 * kThreads * v), int(kMuonParts)), count);
-      blend<v><<<grid, kThreads, 0, stream>>>(data<const float>(grad) + at, data<float>(buf) + at,
-                                              x, area, float(rule.grad_scale), float(rule.momentum),
-                                              parts);
-      normalize<v><<<grid, kThreads, 0, stream>>>(x, area, parts);
+      const dim3 blocks(std::min(blocks_for(area, 4 * kThreads * v), int(kMuonParts)), count);
+      launch(blend<v>, {blocks, kThreads}, stream, data<float>(grad) + at, data<float>(buf) + at, x,
+             area, rule.grad_scale, rule.momentum, parts);
+      launch(normalize<v>, {blocks, kThreads}, stream, x, area, parts);
       const float* update = iterate(count, r, c, x, next, gram, poly, stream);
-      step<v><<<blocks_for(count * area, kThreads * v), kThreads, 0, stream>>>(
-          update, data<float>(master) + at, data<T>(value) + at, count * area, keep, rate);
-      check(cudaGetLastError());
+      launch(step<v, T>, {blocks_for(count * area, kThreads * v), kThreads}, stream, update,
+             data<float>(master) + at, data<T>(value) + at, count * area, keep, rate);
     }
   });
 }
