@@ -55,7 +55,8 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
 
   const Problem& p;
   Shared& s;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = int(cluster_rank());
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32,
+            rank = int(ptx::get_sreg_cluster_ctarank());
   int n_blocks = 0, m_pairs = 0, units = 0;
   int stage = 0, expert = 0;
   uint32_t parity = 0;
@@ -63,11 +64,11 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
   __device__ void begin() {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
-        barrier_init(&s.full[i], 1);
-        barrier_init(&s.empty[i],
-                     2 * kConsumerWarps);  // every one, so that none falls a phase behind
+        ptx::mbarrier_init(&s.full[i], 1);
+        // Every one, so that none falls a phase behind.
+        ptx::mbarrier_init(&s.empty[i], 2 * kConsumerWarps);
       }
-      barrier_init_done();
+      ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     }
     if (!kRowsAreK && warp == 1) count_tiles();
     cluster_sync();
@@ -122,7 +123,8 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
   __device__ void load(const Tile& t, const Segment& g, int k) {
     uint64_t* full = &s.full[stage];
     barrier_wait(&s.empty[stage], parity ^ 1);
-    barrier_expect(full, t.expert < 0 ? 0 : kStageBytes);
+    ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full,
+                                   t.expert < 0 ? 0 : kStageBytes);
     if (t.expert >= 0) {
       if constexpr (kTransA)
         for (int i = 0; i < kM / 64; ++i)
@@ -138,7 +140,7 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
         if (!t.shares_b)
           load_box(to, g.b, full, x, y, z);
         else if (i < (rank + 1) * kCount / 2)
-          load_box_to_both(to, g.b, full, x, y, z);
+          load_box<true>(to, g.b, full, x, y, z);
       }
     }
     next_stage();
@@ -184,7 +186,7 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
           box < kM / 64 ? s.a[stage] + box * 64 * kK : s.b[stage] + (box - kM / 64) * 64 * kK;
       reinterpret_cast<uint4*>(base + valid * 64)[at] = uint4{0, 0, 0, 0};
     }
-    fence_for_async();
+    ptx::fence_proxy_async(ptx::space_shared);
     sync_threads(3, 256);
   }
 
@@ -232,7 +234,7 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
       }
       store(acc, t, group);
     }
-    if (threadIdx.x % 128 == 0) stores_done();
+    if (threadIdx.x % 128 == 0) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
   }
 
   // Rows of a warpgroup in boxes of 128 bytes, each through shared memory.
@@ -242,12 +244,12 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
     const bool leader = threadIdx.x % 128 == 0;
 #pragma unroll
     for (int begin = 0; begin < kN / kColumns; begin += kBatch) {
-      if (leader) stores_read<kBoxes / kBatch - 1>();
+      if (leader) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<kBoxes / kBatch - 1>());
       sync_threads(1 + group, 128);
 #pragma unroll
       for (int b = begin; b < begin + kBatch; ++b)
         fill_box(s.out[group][b % kBoxes], acc + b * kColumns / 2);
-      fence_for_async();
+      ptx::fence_proxy_async(ptx::space_shared);
       sync_threads(1 + group, 128);
 #pragma unroll
       for (int b = begin; b < begin + kBatch; ++b) {
@@ -259,7 +261,7 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
           if constexpr (!kRowsAreK) store_rows(box, row0, valid, column);
         }
       }
-      if (leader) stores_commit();
+      if (leader) ptx::cp_async_bulk_commit_group();
     }
   }
 
