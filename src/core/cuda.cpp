@@ -25,8 +25,7 @@ void* allocate(size_t) { refuse(); }
 void release(void*) {}
 void copy(void*, const void*, size_t) { refuse(); }
 void fill_zero(void*, size_t) { refuse(); }
-bool convert(void*, DType, const void*, DType, int64_t) { refuse(); }
-bool add(void*, const void*, DType, int64_t) { refuse(); }
+bool convert(void*, DType, const void*, DType, int64_t, bool) { refuse(); }
 void join_master(Tensor&, const Tensor&, const Tensor&) { refuse(); }
 void split_master(const Tensor&, const Tensor&, Tensor&) { refuse(); }
 void fill_normal(Tensor&, uint64_t, uint64_t, double) { refuse(); }

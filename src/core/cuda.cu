@@ -66,28 +66,20 @@ void fill_zero(void* p, size_t bytes) { check(cudaMemsetAsync(p, 0, bytes, strea
 
 void synchronize() { check(cudaStreamSynchronize(stream())); }
 
-// to[i] = from[i], or += with kAdd, in fp32.
-template <bool kAdd, class To, class From>
-static bool move_elements(void* to, const void* from, int64_t n) {
+template <class To, class From> static void convert(To* to, const From* from, int64_t n, bool add) {
   each(n, stream(),
-       [to = static_cast<To*>(to), from = static_cast<const From*>(from)] __device__(int64_t i) {
-         to[i] = To((kAdd ? float(to[i]) : 0.0f) + float(from[i]));
-       });
+       [=] __device__(int64_t i) { to[i] = To((add ? float(to[i]) : 0.0f) + float(from[i])); });
+}
+
+bool convert(void* to, DType to_type, const void* from, DType from_type, int64_t n, bool add) {
+  for (const DType t : {to_type, from_type})
+    if (t != DType::f32 && t != DType::bf16) return false;
+  by_float_on_device(to_type, [&]<class To>(To) {
+    by_float_on_device(from_type, [&]<class From>(From) {
+      convert(static_cast<To*>(to), static_cast<const From*>(from), n, add);
+    });
+  });
   return true;
-}
-
-bool convert(void* to, DType to_type, const void* from, DType from_type, int64_t n) {
-  if (to_type == DType::bf16 && from_type == DType::f32)
-    return move_elements<false, Bf16, float>(to, from, n);
-  if (to_type == DType::f32 && from_type == DType::bf16)
-    return move_elements<false, float, Bf16>(to, from, n);
-  return false;
-}
-
-bool add(void* to, const void* from, DType type, int64_t n) {
-  if (type == DType::bf16) return move_elements<true, Bf16, Bf16>(to, from, n);
-  if (type == DType::f32) return move_elements<true, float, float>(to, from, n);
-  return false;
 }
 
 void join_master(Tensor& wide, const Tensor& value, const Tensor& rest) {

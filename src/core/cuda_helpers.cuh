@@ -14,9 +14,8 @@ inline void check(cudaError_t e) {
 
 inline int multiprocessors() {
   static const int count = [] {
-    int device = 0, n = 0;
-    check(cudaGetDevice(&device));
-    check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
+    int n = 0;
+    check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, 0));
     return n;
   }();
   return count;

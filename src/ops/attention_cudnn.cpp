@@ -39,10 +39,7 @@ cudnnHandle_t handle() {
   return the;
 }
 
-struct Plan {
-  std::shared_ptr<fe::graph::Graph> graph = std::make_shared<fe::graph::Graph>();
-  int64_t workspace = 0;
-};
+using Plan = std::shared_ptr<fe::graph::Graph>;
 
 // Everything a plan depends on.
 enum class Pass { forward, backward, deterministic_backward };
@@ -73,8 +70,8 @@ template <class Attributes> Attributes attributes(float scale, int64_t window) {
 }
 
 Plan make_plan(const AttentionShape& s, float scale, int64_t window, Pass pass) {
-  Plan p;
-  fe::graph::Graph& g = *p.graph;
+  const Plan plan = std::make_shared<fe::graph::Graph>();
+  fe::graph::Graph& g = *plan;
   g.set_io_data_type(fe::DataType_t::BFLOAT16)
       .set_intermediate_data_type(fe::DataType_t::FLOAT)
       .set_compute_data_type(fe::DataType_t::FLOAT);
@@ -99,8 +96,7 @@ Plan make_plan(const AttentionShape& s, float scale, int64_t window, Pass pass) 
     output(dv, kDv);
   }
   check(g.build(handle(), {fe::HeurMode_t::A}));
-  check(g.get_workspace_size(p.workspace));
-  return p;
+  return plan;
 }
 
 const Plan& plan_for(const AttentionShape& s, float scale, int64_t window, Pass pass) {
@@ -113,11 +109,12 @@ const Plan& plan_for(const AttentionShape& s, float scale, int64_t window, Pass 
 }
 
 void run(const Plan& p, std::unordered_map<int64_t, void*> tensors, Stream stream) {
-  Tensor workspace({std::max<int64_t>(p.workspace, 1)}, DType::u8, Device::cuda,
-                   "attention_workspace");
+  int64_t bytes = 0;
+  check(p->get_workspace_size(bytes));
+  Tensor workspace({std::max<int64_t>(bytes, 1)}, DType::u8, Device::cuda, "attention_workspace");
   if (fe::detail::set_stream(handle(), stream) != CUDNN_STATUS_SUCCESS)
     fail("cuDNN: the stream was refused");
-  check(p.graph->execute(handle(), tensors, workspace.raw()));
+  check(p->execute(handle(), tensors, workspace.raw()));
 }
 
 // q, k or v of a packed tensor.

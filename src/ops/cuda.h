@@ -78,7 +78,7 @@ void cross_entropy(Tensor logits, const Tensor& labels, Tensor loss, bool backwa
 
 // optimizer.cu. parts: fp64 [kSquareParts]; out: fp64 [1].
 constexpr int64_t kSquareParts = 2048;
-bool sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream);  // fp32 and bf16 g
+void sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream);  // fp32 and bf16 g
 void clip_by_norm(const Tensor& squares, double labels, double clip, Tensor norm, Stream);
 void adamw_update(const AdamW& rule, const Tensor& norm, const Tensor& grad, Tensor m, Tensor v,
                   Tensor value, Tensor rest, Stream);

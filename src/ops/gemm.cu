@@ -14,27 +14,29 @@ namespace {
 
 constexpr size_t kWorkspace = size_t(64) << 20;
 
-// The functions of the library, by name.
-#define PITH_CUBLAS(name) decltype(&::name) name = cuda::function<decltype(&::name)>(library, #name)
-struct CublasLt {
-  void* library = cuda::load_library("libcublasLt.so.13");
-  PITH_CUBLAS(cublasLtCreate);
-  PITH_CUBLAS(cublasLtMatmul);
-  PITH_CUBLAS(cublasLtMatmulDescCreate);
-  PITH_CUBLAS(cublasLtMatmulDescSetAttribute);
-  PITH_CUBLAS(cublasLtMatrixLayoutCreate);
-  PITH_CUBLAS(cublasLtMatrixLayoutSetAttribute);
-  PITH_CUBLAS(cublasLtMatmulPreferenceCreate);
-  PITH_CUBLAS(cublasLtMatmulPreferenceSetAttribute);
-  PITH_CUBLAS(cublasLtMatmulAlgoGetHeuristic);
-  cublasLtHandle_t handle = nullptr;
-  Tensor workspace{{int64_t(kWorkspace)}, DType::u8, Device::cuda, "cublas_workspace"};
-};
-#undef PITH_CUBLAS
-
 void check(cublasStatus_t s) {
   if (s != CUBLAS_STATUS_SUCCESS) fail("cuBLASLt: status {}", int(s));
 }
+
+// The functions of the library, by name.
+struct CublasLt {
+  void* library = cuda::load_library("libcublasLt.so.13");
+  PITH_LOADED(cublasLtCreate);
+  PITH_LOADED(cublasLtMatmul);
+  PITH_LOADED(cublasLtMatmulDescCreate);
+  PITH_LOADED(cublasLtMatmulDescSetAttribute);
+  PITH_LOADED(cublasLtMatrixLayoutCreate);
+  PITH_LOADED(cublasLtMatrixLayoutSetAttribute);
+  PITH_LOADED(cublasLtMatmulPreferenceCreate);
+  PITH_LOADED(cublasLtMatmulPreferenceSetAttribute);
+  PITH_LOADED(cublasLtMatmulAlgoGetHeuristic);
+  cublasLtHandle_t handle = [this] {
+    cublasLtHandle_t h = nullptr;
+    check(cublasLtCreate(&h));
+    return h;
+  }();
+  Tensor workspace{{int64_t(kWorkspace)}, DType::u8, Device::cuda, "cublas_workspace"};
+};
 
 template <class F, class To, class Key, class Value>
 void set(F function, To to, Key key, const Value& value) {
@@ -42,12 +44,8 @@ void set(F function, To to, Key key, const Value& value) {
 }
 
 CublasLt& lt() {
-  static CublasLt* const the = [] {
-    auto* made = new CublasLt;  // never freed: the driver may be gone at exit
-    check(made->cublasLtCreate(&made->handle));
-    return made;
-  }();
-  return *the;
+  static CublasLt& the = *new CublasLt;  // never freed: the driver may be gone at exit
+  return the;
 }
 
 cudaDataType_t type_of(DType t) {

@@ -177,8 +177,7 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
 
   // Rows as K: what follows the first `valid` rows of this stage belongs to another expert.
   __device__ void clear_tail(int valid) {
-    constexpr int kBoxCount =
-        (kM + kN) / 64;  // a and b lie one behind the other in each stage only
+    constexpr int kBoxCount = (kM + kN) / 64;  // a and b are apart
     const int chunks = (kK - valid) * 8;
     for (int i = threadIdx.x; i < chunks * kBoxCount; i += 256) {
       const int box = i / chunks, at = i % chunks;
@@ -199,8 +198,7 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
       product<kTransA, kTransB>(acc, operand(a, kBoxBytes, 1024), operand(b, kBoxBytes, 1024),
                                 add || i > 0);
     }
-    products_commit();
-    products_done();  // the other warpgroup keeps the tensor cores busy
+    products_end();  // the other warpgroup keeps the tensor cores busy
   }
 
   __device__ void consume() {
@@ -257,8 +255,8 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
         const int column = t.n + b * kColumns;
         if (kRowsAreK || valid >= 64) {
           if (leader) store_box<kAdd>(p.out, box, column, row0, kRowsAreK ? t.expert : 0);
-        } else {
-          if constexpr (!kRowsAreK) store_rows(box, row0, valid, column);
+        } else if constexpr (!kRowsAreK) {
+          store_rows(box, row0, valid, column);
         }
       }
       if (leader) ptx::cp_async_bulk_commit_group();
@@ -361,9 +359,7 @@ template <Kind kKind, class Out, bool kAdd> void run(const Problem& p, Stream st
 // The driver's function, found at run time: the program links nothing of it.
 PFN_cuTensorMapEncodeTiled_v12000 encode_map() {
   void* f = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault,
-                                         &found));
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault));
   if (!f) fail("CUDA: the driver has no cuTensorMapEncodeTiled: it is older than CUDA 12");
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(f);
 }

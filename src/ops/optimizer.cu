@@ -78,13 +78,11 @@ __global__ void adamw(const Rates r, const double* norm, int64_t n, const G* gra
 
 }  // namespace
 
-bool sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream stream) {
-  if (g.dtype() != DType::f32 && g.dtype() != DType::bf16) return false;
+void sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream stream) {
   by_vector(g.dtype(), g.numel(), {g}, [&](auto z, auto v) {
     launch(squares<v, decltype(z)>, {kSquareParts, 256}, stream, g, g.numel(), parts);
   });
   launch(sum_squares, {1, 32}, stream, parts, kSquareParts, out);
-  return true;
 }
 
 void clip_by_norm(const Tensor& squares, double labels, double clip_norm, Tensor norm,

@@ -50,23 +50,20 @@ __device__ void store_row(const float (&from)[kHeld], int experts, int lane, flo
     if (i * 32 + lane < experts) to[i * 32 + lane] = from[i];
 }
 
-struct Rule {
-  Score score;
-  int top_k;
-  bool normalized;
-  float scaling;
-};
-
-// Weight of a chosen expert per unit of its score.
-__device__ float factor(const Rule& rule, const float* scores, const int* ids) {
-  if (!rule.normalized) return rule.scaling;
-  float sum = 0;
-  for (int j = 0; j < rule.top_k; ++j) sum += ids[j] < 0 ? 0 : scores[ids[j]];
-  return rule.scaling / (sum == 0 ? 1 : sum);
+__device__ bool is_normalized(const RouterRule& rule) {
+  return rule.renormalize || rule.score == Score::softmax_after_top_k;
 }
 
-__global__ void route(int tokens, int experts, const float* logits, Rule rule, const float* bias,
-                      bool choose, int* ids, float* weights, float* scores) {
+// Weight of a chosen expert per unit of its score.
+__device__ float factor(const RouterRule& rule, const float* scores, const int* ids) {
+  if (!is_normalized(rule)) return float(rule.scaling);
+  float sum = 0;
+  for (int j = 0; j < rule.top_k; ++j) sum += ids[j] < 0 ? 0 : scores[ids[j]];
+  return float(rule.scaling) / (sum == 0 ? 1 : sum);
+}
+
+__global__ void route(int tokens, int experts, const float* logits, RouterRule rule,
+                      const float* bias, bool choose, int* ids, float* weights, float* scores) {
   const int lane = threadIdx.x % 32, t = blockIdx.x * kWarps + threadIdx.x / 32;
   if (t >= tokens) return;
   float x[kHeld], key[kHeld];
@@ -108,7 +105,7 @@ __global__ void route(int tokens, int experts, const float* logits, Rule rule, c
     weights[int64_t(t) * rule.top_k + j] = ids[j] < 0 ? 0 : scores[ids[j]] * f;
 }
 
-__global__ void route_backward(int tokens, int experts, Rule rule, const int* ids,
+__global__ void route_backward(int tokens, int experts, RouterRule rule, const int* ids,
                                const float* weights, const float* scores, const float* dweights,
                                const float* dscores, float* to, bool add) {
   const int lane = threadIdx.x % 32, t = blockIdx.x * kWarps + threadIdx.x / 32;
@@ -119,8 +116,8 @@ __global__ void route_backward(int tokens, int experts, Rule rule, const int* id
   load_row(dscores + row, experts, lane, 0, d);
   const float f = factor(rule, scores + row, ids + chosen);
   float mean = 0;
-  for (int j = 0; rule.normalized && j < rule.top_k; ++j)
-    mean += dweights[chosen + j] * weights[chosen + j] / rule.scaling;
+  for (int j = 0; is_normalized(rule) && j < rule.top_k; ++j)
+    mean += dweights[chosen + j] * weights[chosen + j] / float(rule.scaling);
   for (int j = 0; j < rule.top_k; ++j) {
     const int e = ids[chosen + j];
     const float dw = f * (dweights[chosen + j] - mean);
@@ -195,11 +192,6 @@ __global__ void sum_all(const float* terms, int n, float* sum) {
   if (threadIdx.x == 0) *sum = float(x);
 }
 
-Rule device_rule(const RouterRule& r) {
-  return {r.score, int(r.top_k), r.renormalize || r.score == Score::softmax_after_top_k,
-          float(r.scaling)};
-}
-
 // A warp for each row of logits or scores.
 template <class... P, class... A>
 void launch_rows(void (*kernel)(P...), const Tensor& rows, Stream stream, const A&... a) {
@@ -212,14 +204,13 @@ void launch_rows(void (*kernel)(P...), const Tensor& rows, Stream stream, const 
 
 void route_top_k(const Tensor& logits, const RouterRule& rule, const Tensor& bias, bool choose,
                  const Routing& out, Stream stream) {
-  launch_rows(route, logits, stream, logits, device_rule(rule), bias, choose, out.ids, out.weights,
-              out.scores);
+  launch_rows(route, logits, stream, logits, rule, bias, choose, out.ids, out.weights, out.scores);
 }
 
 void route_top_k_backward(const RouterRule& rule, const Routing& out, const Tensor& dweights,
                           const Tensor& dscores, Op::Into into, Stream stream) {
-  launch_rows(route_backward, into.tensor, stream, device_rule(rule), out.ids, out.weights,
-              out.scores, dweights, dscores, into.tensor, into.add);
+  launch_rows(route_backward, into.tensor, stream, rule, out.ids, out.weights, out.scores, dweights,
+              dscores, into.tensor, into.add);
 }
 
 void balanced_ids(Tensor ids, int64_t experts, Stream stream) {
