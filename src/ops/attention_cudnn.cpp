@@ -117,14 +117,10 @@ void run(const Plan& p, std::unordered_map<int64_t, void*> tensors, Stream strea
   check(p->execute(handle(), tensors, workspace.raw()));
 }
 
-// q, k or v of a packed tensor.
-void* part(const Tensor& qkv, int64_t first_head, const AttentionShape& s) {
-  return static_cast<std::byte*>(Tensor(qkv).raw()) +
-         first_head * s.head_dim * int64_t(size_of(qkv.dtype()));
-}
-std::unordered_map<int64_t, void*> three(const Tensor& t, const AttentionShape& s, Id q) {
-  return {
-      {q, part(t, 0, s)}, {q + 1, part(t, s.heads, s)}, {q + 2, part(t, s.heads + s.kv_heads, s)}};
+// q, k and v of a packed tensor.
+std::unordered_map<int64_t, void*> three(Tensor t, const AttentionShape& s, Id q) {
+  const auto head = [&](int64_t h) { return t.data<bf16>() + h * s.head_dim; };
+  return {{q, head(0)}, {q + 1, head(s.heads)}, {q + 2, head(s.heads + s.kv_heads)}};
 }
 
 }  // namespace

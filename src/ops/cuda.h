@@ -3,8 +3,6 @@
 // checks. All are asynchronous on `stream`, read and write device memory only, and may be called again before they
 // have run. Shapes, dtypes and formulas are those of the op in name.h; "wide" is fp32.
 
-#include <algorithm>
-
 #include "ops/attention.h"
 #include "ops/experts.h"
 #include "ops/norm.h"

@@ -85,13 +85,11 @@ __global__ void backward(const T* x, const T* dy, const T* dsum, const T* w, con
 
 // f(pieces of V elements that a thread holds, threads): whole warps that hold a row of h elements.
 template <class F> void by_pieces(int h, auto v, F f) {
-  const int threads = blocks_for(h, v);
-  const auto whole_warps = [](int n) { return (n + 31) / 32 * 32; };
-  if (threads > 4096) fail("rows of {} are too long for the CUDA norm", h);
-  if (threads <= 512)
-    f(std::integral_constant<int, 1>(), whole_warps(threads));
+  if (h > 4096 * v) fail("rows of {} are too long for the CUDA norm", h);
+  if (h <= 512 * v)
+    f(std::integral_constant<int, 1>(), blocks_for(h, 32 * v) * 32);
   else
-    f(std::integral_constant<int, 4>(), whole_warps((threads + 3) / 4));
+    f(std::integral_constant<int, 4>(), blocks_for(h, 128 * v) * 32);
 }
 
 // A warp's lanes are columns, the warps of a block take turns at the rows.

@@ -93,13 +93,10 @@ void clip_by_norm(const Tensor& squares, double labels, double clip_norm, Tensor
 void adamw_update(const AdamW& rule, const Tensor& norm, const Tensor& grad, Tensor m, Tensor v,
                   Tensor value, Tensor rest, Stream stream) {
   const int64_t n = grad.numel();
-  const Rates r{float(rule.lr),
-                float(rule.beta1),
-                float(rule.beta2),
-                float(rule.eps),
-                float(rule.weight_decay),
-                float(1 / (1 - std::pow(rule.beta1, double(rule.step)))),
-                float(1 / std::sqrt(1 - std::pow(rule.beta2, double(rule.step))))};
+  const double m_scale = 1 / (1 - std::pow(rule.beta1, double(rule.step))),
+               v_scale = 1 / std::sqrt(1 - std::pow(rule.beta2, double(rule.step)));
+  const Rates r(float(rule.lr), float(rule.beta1), float(rule.beta2), float(rule.eps),
+                float(rule.weight_decay), float(m_scale), float(v_scale));
   by_vector(value.dtype(), n, {grad, m, v, value, rest}, [&](auto z, auto width) {
     by_float_on_device(grad.dtype(), [&](auto g) {
       launch(adamw<width, decltype(g), decltype(z)>, {blocks_for(n, 256 * width), 256}, stream, r,

@@ -177,19 +177,10 @@ template <class F> bool with_call(const QkNormRope& q, F f) {
   by_float_on_device(q.qkv.dtype(), [&](auto z) {
     using T = decltype(z);
     const auto weight = [](const Param* p) { return p ? data<const T>(p->value) : nullptr; };
-    Call<T> call{data<const T>(q.qkv),
-                 weight(q.q_norm),
-                 weight(q.k_norm),
-                 data<const float>(q.rope.cos),
-                 data<const float>(q.rope.sin),
-                 data<const int>(q.positions),
-                 q.qkv.dim(0),
-                 int(s.heads),
-                 int(s.kv_heads),
-                 int(s.head_dim),
-                 half,
-                 q.eps,
-                 32};
+    Call<T> call(data<const T>(q.qkv), weight(q.q_norm), weight(q.k_norm),
+                 data<const float>(q.rope.cos), data<const float>(q.rope.sin),
+                 data<const int>(q.positions), q.qkv.dim(0), int(s.heads), int(s.kv_heads),
+                 int(s.head_dim), half, q.eps, 32);
     if (half % 8 == 0 && pairs % 8 == 0 && pairs <= 256) {
       call.lanes = int(std::bit_ceil(unsigned(pairs / 8)));
       f(call, std::integral_constant<int, 8>(), std::integral_constant<int, 1>());
