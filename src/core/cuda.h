@@ -10,7 +10,7 @@ struct CUstream_st;
 namespace pith {
 enum class DType : uint8_t;
 class Tensor;
-}
+}  // namespace pith
 
 namespace pith::cuda {
 
@@ -33,9 +33,9 @@ void release(void* p);         // what was launched before may still use it
 // changed, and what is written there be read, on return.
 void copy(void* to, const void* from, size_t bytes);
 void fill_zero(void* p, size_t bytes);
-// Between bf16 and fp32 in device memory; false for other types.
-bool convert(void* to, DType to_type, const void* from, DType from_type, int64_t n);
-bool add(void* to, const void* from, DType type, int64_t n);  // to += from, likewise
+// To and from bf16 or fp32 in device memory; false for other types. to += from with `add`.
+bool convert(void* to, DType to_type, const void* from, DType from_type, int64_t n,
+             bool add = false);
 // See core/param.h and core/rng.h.
 void join_master(Tensor& wide, const Tensor& value, const Tensor& rest);
 void split_master(const Tensor& wide, const Tensor& value, Tensor& rest);
@@ -51,6 +51,9 @@ void* find_function(void* library, const char* name);
 template <class F> F function(void* library, const char* name) {
   return reinterpret_cast<F>(find_function(library, name));
 }
+// A member that is the function of this name in the member `library`.
+#define PITH_LOADED(name) \
+  decltype(&::name) name = ::pith::cuda::function<decltype(&::name)>(library, #name)
 
 // What the GPU does between start and stop, through CUPTI, in order; both wait for the GPU. Work
 // launched between begin_tag and end_tag carries the tag. Nsight captures the same stretch

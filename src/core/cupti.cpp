@@ -15,18 +15,16 @@
 namespace pith::cuda {
 namespace {
 
-#define PITH_CUPTI(name) decltype(&::name) name = function<decltype(&::name)>(library, #name)
 struct Cupti {
   void* library = load_library("libcupti.so.13");
-  PITH_CUPTI(cuptiActivityRegisterCallbacks);
-  PITH_CUPTI(cuptiActivityEnable);
-  PITH_CUPTI(cuptiActivityDisable);
-  PITH_CUPTI(cuptiActivityFlushAll);
-  PITH_CUPTI(cuptiActivityGetNextRecord);
-  PITH_CUPTI(cuptiActivityPushExternalCorrelationId);
-  PITH_CUPTI(cuptiActivityPopExternalCorrelationId);
+  PITH_LOADED(cuptiActivityRegisterCallbacks);
+  PITH_LOADED(cuptiActivityEnable);
+  PITH_LOADED(cuptiActivityDisable);
+  PITH_LOADED(cuptiActivityFlushAll);
+  PITH_LOADED(cuptiActivityGetNextRecord);
+  PITH_LOADED(cuptiActivityPushExternalCorrelationId);
+  PITH_LOADED(cuptiActivityPopExternalCorrelationId);
 };
-#undef PITH_CUPTI
 
 constexpr CUpti_ActivityKind kKinds[] = {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL,
                                          CUPTI_ACTIVITY_KIND_MEMCPY,
@@ -41,7 +39,7 @@ std::mutex mutex;
 Timeline recorded;
 std::unordered_map<uint32_t, uint64_t> tag_of;  // by correlation
 std::vector<uint64_t> sync_ends;                // of the host's waits
-uint64_t last_kernel = 0;                       // when it began
+uint64_t first_kernel = UINT64_MAX, last_kernel = 0;  // when they began
 bool recording = false, in_range = false;
 
 void CUPTIAPI give_buffer(uint8_t** buffer, size_t* bytes, size_t* records) {
@@ -63,39 +61,30 @@ std::string readable(const char* name) {
   return out.substr(0, out.find('('));
 }
 
-template <class T> void add(const T* r, std::string name) {
-  recorded.runs.push_back({std::move(name), r->start, r->end, r->correlationId});
-}
-
 void CUPTIAPI take_buffer(CUcontext, uint32_t, uint8_t* buffer, size_t, size_t used) {
   const std::lock_guard lock(mutex);
   CUpti_Activity* record = nullptr;
+  const auto add = [](const auto* r, std::string name) {
+    recorded.runs.push_back({std::move(name), r->start, r->end, r->correlationId});
+  };
   while (used > 0 && cupti().cuptiActivityGetNextRecord(buffer, used, &record) == CUPTI_SUCCESS) {
-    switch (record->kind) {
-      case CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL: {
-        const auto* r = reinterpret_cast<const CUpti_ActivityKernel10*>(record);
-        add(r, readable(r->name));
-        last_kernel = std::max(last_kernel, r->start);
-        break;
-      }
-      case CUPTI_ACTIVITY_KIND_MEMCPY:
-        add(reinterpret_cast<const CUpti_ActivityMemcpy6*>(record), "memcpy");
-        break;
-      case CUPTI_ACTIVITY_KIND_MEMSET:
-        add(reinterpret_cast<const CUpti_ActivityMemset4*>(record), "memset");
-        break;
-      case CUPTI_ACTIVITY_KIND_SYNCHRONIZATION: {
-        const auto* r = reinterpret_cast<const CUpti_ActivitySynchronization2*>(record);
-        if (r->type != CUPTI_ACTIVITY_SYNCHRONIZATION_TYPE_STREAM_WAIT_EVENT)  // the GPU's own
-          sync_ends.push_back(r->end);
-        break;
-      }
-      case CUPTI_ACTIVITY_KIND_EXTERNAL_CORRELATION: {
-        const auto* r = reinterpret_cast<const CUpti_ActivityExternalCorrelation*>(record);
-        tag_of[r->correlationId] = r->externalId;
-        break;
-      }
-      default: break;
+    const auto kind = record->kind;
+    if (kind == CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL) {
+      const auto* r = reinterpret_cast<const CUpti_ActivityKernel10*>(record);
+      add(r, readable(r->name));
+      first_kernel = std::min(first_kernel, r->start);
+      last_kernel = std::max(last_kernel, r->start);
+    } else if (kind == CUPTI_ACTIVITY_KIND_MEMCPY) {
+      add(reinterpret_cast<const CUpti_ActivityMemcpy6*>(record), "memcpy");
+    } else if (kind == CUPTI_ACTIVITY_KIND_MEMSET) {
+      add(reinterpret_cast<const CUpti_ActivityMemset4*>(record), "memset");
+    } else if (kind == CUPTI_ACTIVITY_KIND_SYNCHRONIZATION) {
+      const auto* r = reinterpret_cast<const CUpti_ActivitySynchronization2*>(record);
+      if (r->type != CUPTI_ACTIVITY_SYNCHRONIZATION_TYPE_STREAM_WAIT_EVENT)  // the GPU's own
+        sync_ends.push_back(r->end);
+    } else if (kind == CUPTI_ACTIVITY_KIND_EXTERNAL_CORRELATION) {
+      const auto* r = reinterpret_cast<const CUpti_ActivityExternalCorrelation*>(record);
+      tag_of[r->correlationId] = r->externalId;
     }
   }
   std::free(buffer);
@@ -144,11 +133,12 @@ Timeline stop_timeline() {
     run.tag = found == tag_of.end() ? kNoTag : found->second;
   }
   std::ranges::sort(recorded.runs, {}, &Timeline::Run::begin_ns);
-  recorded.host_syncs =
-      std::ranges::count_if(sync_ends, [](uint64_t end) { return end < last_kernel; });
+  recorded.host_syncs = std::ranges::count_if(
+      sync_ends, [](uint64_t end) { return end > first_kernel && end < last_kernel; });
+  first_kernel = UINT64_MAX;
+  last_kernel = 0;
   tag_of.clear();
   sync_ends.clear();
-  last_kernel = 0;
   return std::exchange(recorded, {});
 }
 

@@ -188,7 +188,8 @@ void Tensor::copy_from(const Tensor& src) {
 
 void Tensor::add(const Tensor& other) {
   if (device_ == Device::meta || numel() == 0) return;
-  if (device_ == Device::cuda && !host_view && cuda::add(raw(), other.raw(), dtype_, numel()))
+  if (device_ == Device::cuda && !host_view &&
+      cuda::convert(raw(), dtype_, other.raw(), dtype_, numel(), true))
     return;
   on_host([&] {
     by_float(dtype_, [&](auto z) {

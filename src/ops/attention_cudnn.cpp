@@ -39,34 +39,25 @@ cudnnHandle_t handle() {
   return the;
 }
 
-struct Plan {
-  std::shared_ptr<fe::graph::Graph> graph = std::make_shared<fe::graph::Graph>();
-  int64_t workspace = 0;
-};
+using Plan = std::shared_ptr<fe::graph::Graph>;
 
 // Everything a plan depends on.
 enum class Pass { forward, backward, deterministic_backward };
 using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, Pass>;
 
-// Heads of a packed tensor [B S, width]: [B, heads, S, D].
-Node heads(fe::graph::Graph& g, const AttentionShape& s, int64_t count, int64_t width, Id id) {
-  return g.tensor(fe::graph::Tensor_attributes()
-                      .set_uid(id)
-                      .set_dim({s.batch, count, s.sequence, s.head_dim})
-                      .set_stride({s.sequence * width, s.head_dim, width, 1}));
-}
-void result(const Node& t, const AttentionShape& s, int64_t count, int64_t width, Id id) {
-  t->set_output(true)
-      .set_uid(id)
-      .set_dim({s.batch, count, s.sequence, s.head_dim})
+// Statistics are log-sum-exp, fp32 [B, Hq, S, 1]; all else is [B, heads, S, D]: in a packed tensor, or o and its
+// gradient.
+fe::graph::Tensor_attributes& describe(fe::graph::Tensor_attributes& t, const AttentionShape& s,
+                                       Id id) {
+  t.set_uid(id);
+  if (id == kStats)
+    return t.set_dim({s.batch, s.heads, s.sequence, 1})
+        .set_stride({s.heads * s.sequence, s.sequence, 1, 1})
+        .set_data_type(fe::DataType_t::FLOAT);
+  const bool is_query = id == kQ || id == kDq, is_out = id == kO || id == kDo;
+  const int64_t width = is_out ? s.heads * s.head_dim : s.width();
+  return t.set_dim({s.batch, is_query || is_out ? s.heads : s.kv_heads, s.sequence, s.head_dim})
       .set_stride({s.sequence * width, s.head_dim, width, 1});
-}
-// log-sum-exp, fp32 [B, Hq, S, 1].
-void describe_stats(fe::graph::Tensor_attributes& t, const AttentionShape& s) {
-  t.set_uid(kStats)
-      .set_dim({s.batch, s.heads, s.sequence, 1})
-      .set_stride({s.heads * s.sequence, s.sequence, 1, 1})
-      .set_data_type(fe::DataType_t::FLOAT);
 }
 
 template <class Attributes> Attributes attributes(float scale, int64_t window) {
@@ -79,35 +70,33 @@ template <class Attributes> Attributes attributes(float scale, int64_t window) {
 }
 
 Plan make_plan(const AttentionShape& s, float scale, int64_t window, Pass pass) {
-  Plan p;
-  fe::graph::Graph& g = *p.graph;
+  const Plan plan = std::make_shared<fe::graph::Graph>();
+  fe::graph::Graph& g = *plan;
   g.set_io_data_type(fe::DataType_t::BFLOAT16)
       .set_intermediate_data_type(fe::DataType_t::FLOAT)
       .set_compute_data_type(fe::DataType_t::FLOAT);
-  const int64_t width = s.width(), out = s.heads * s.head_dim;
-  const Node q = heads(g, s, s.heads, width, kQ), k = heads(g, s, s.kv_heads, width, kK),
-             v = heads(g, s, s.kv_heads, width, kV);
+  const auto input = [&](Id id) {
+    fe::graph::Tensor_attributes t;
+    return g.tensor(describe(t, s, id));
+  };
+  const auto output = [&](const Node& t, Id id) { describe(*t, s, id).set_output(true); };
+  const Node q = input(kQ), k = input(kK), v = input(kV);
   if (pass == Pass::forward) {
     const auto [o, stats] = g.sdpa(
         q, k, v, attributes<fe::graph::SDPA_attributes>(scale, window).set_generate_stats(true));
-    result(o, s, s.heads, out, kO);
-    stats->set_output(true);
-    describe_stats(*stats, s);
+    output(o, kO);
+    output(stats, kStats);
   } else {
-    const Node o = heads(g, s, s.heads, out, kO), d_o = heads(g, s, s.heads, out, kDo);
-    fe::graph::Tensor_attributes stats_of;
-    describe_stats(stats_of, s);
     const auto [dq, dk, dv] =
-        g.sdpa_backward(q, k, v, o, d_o, g.tensor(stats_of),
+        g.sdpa_backward(q, k, v, input(kO), input(kDo), input(kStats),
                         attributes<fe::graph::SDPA_backward_attributes>(scale, window)
                             .set_deterministic_algorithm(pass == Pass::deterministic_backward));
-    result(dq, s, s.heads, width, kDq);
-    result(dk, s, s.kv_heads, width, kDk);
-    result(dv, s, s.kv_heads, width, kDv);
+    output(dq, kDq);
+    output(dk, kDk);
+    output(dv, kDv);
   }
   check(g.build(handle(), {fe::HeurMode_t::A}));
-  check(g.get_workspace_size(p.workspace));
-  return p;
+  return plan;
 }
 
 const Plan& plan_for(const AttentionShape& s, float scale, int64_t window, Pass pass) {
@@ -120,21 +109,18 @@ const Plan& plan_for(const AttentionShape& s, float scale, int64_t window, Pass 
 }
 
 void run(const Plan& p, std::unordered_map<int64_t, void*> tensors, Stream stream) {
-  Tensor workspace({std::max<int64_t>(p.workspace, 1)}, DType::u8, Device::cuda,
-                   "attention_workspace");
+  int64_t bytes = 0;
+  check(p->get_workspace_size(bytes));
+  Tensor workspace({std::max<int64_t>(bytes, 1)}, DType::u8, Device::cuda, "attention_workspace");
   if (fe::detail::set_stream(handle(), stream) != CUDNN_STATUS_SUCCESS)
     fail("cuDNN: the stream was refused");
-  check(p.graph->execute(handle(), tensors, workspace.raw()));
+  check(p->execute(handle(), tensors, workspace.raw()));
 }
 
-// q, k or v of a packed tensor.
-void* part(const Tensor& qkv, int64_t first_head, const AttentionShape& s) {
-  return static_cast<std::byte*>(Tensor(qkv).raw()) +
-         first_head * s.head_dim * int64_t(size_of(qkv.dtype()));
-}
-std::unordered_map<int64_t, void*> three(const Tensor& t, const AttentionShape& s, Id q) {
-  return {
-      {q, part(t, 0, s)}, {q + 1, part(t, s.heads, s)}, {q + 2, part(t, s.heads + s.kv_heads, s)}};
+// q, k and v of a packed tensor.
+std::unordered_map<int64_t, void*> three(Tensor t, const AttentionShape& s, Id q) {
+  const auto head = [&](int64_t h) { return t.data<bf16>() + h * s.head_dim; };
+  return {{q, head(0)}, {q + 1, head(s.heads)}, {q + 2, head(s.heads + s.kv_heads)}};
 }
 
 }  // namespace

@@ -3,48 +3,42 @@
 // checks. All are asynchronous on `stream`, read and write device memory only, and may be called again before they
 // have run. Shapes, dtypes and formulas are those of the op in name.h; "wide" is fp32.
 
-#include <algorithm>
-
 #include "ops/attention.h"
+#include "ops/experts.h"
+#include "ops/norm.h"
 #include "ops/optimizer.h"
 #include "ops/router.h"
 
 namespace pith::cuda {
 
 // grouped_gemm.cu. Rows [offsets[e], offsets[e + 1]) belong to expert e; w is [E, N, K]; no host reads offsets.
-// y[R, N] = x[R, K] w[e]^T; rows behind the last expert's are zeros.
-void grouped_forward(const Tensor& x, const Tensor& w, const Tensor& offsets, Tensor y, Stream);
-// dx[R, K] = dy[R, N] w[e]
-void grouped_input_gradient(const Tensor& dy, const Tensor& w, const Tensor& offsets, Tensor dx,
-                            Stream);
+// y[R, N] = x[R, K] w[e]^T with trans_w, else x[R, K] w[e, K, N]; rows behind the last expert's are zeros.
+void grouped_multiply(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offsets,
+                      Tensor y, Stream);
 // dw[e][N, K] (+)= the sum over the records of dy[rows of e, N]^T x[rows of e, K]. One pass over dw for up to 8
 // records. fp32 or bf16 dw.
 void grouped_weight_gradient(std::span<WgradRecord* const> records, Op::Into dw, Stream);
 
-// norm.cu. delta and dsum may be empty; sum is x itself without a delta. parts: fp32 [norm_parts(T), H].
-void add_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& w, Tensor y, Tensor sum,
+// norm.cu. delta and dsum may be empty; out.sum is x itself without a delta. parts: fp32 [norm_parts(T), H].
+void add_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& w, const AddNorm& out,
                   Tensor rstd, float eps, Stream);
 inline int64_t norm_parts(int64_t rows) { return std::min<int64_t>(rows, 660); }
 void add_rms_norm_backward(const Tensor& sum, const Tensor& dy, const Tensor& dsum, const Tensor& w,
                            const Tensor& rstd, Op::Into dx, Op::Into ddelta, Op::Into dw,
                            Tensor parts, Stream);
 
-// experts.cu. counts: i32 [order_workspace(pairs, experts)]; up to 512 experts.
-inline int64_t order_workspace(int64_t pairs, int64_t experts) {
-  return (pairs + 1023) / 1024 * experts;
-}
-void order_by_expert(const Tensor& ids, int64_t experts, Tensor offsets, Tensor slots, Tensor pairs,
-                     Tensor counts, Stream);
-// to[pairs[t, k]] (+)= from[t]; the tail is zeros.
-void spread_rows(const Tensor& from, const Tensor& pairs, const Tensor& offsets, Tensor to, bool add,
-                 Stream);
-// to[t] (+)= the sum of from[pairs[t, k]] over k, in fp32.
-void collect_rows(const Tensor& from, const Tensor& pairs, Tensor to, bool add, Stream);
-void swiglu(const Tensor& gate_up, const Tensor& weights, const Tensor& slots,
-            const Tensor& offsets, Tensor y, Stream);
-void swiglu_backward(const Tensor& gate_up, const Tensor& weights, const Tensor& slots,
-                     const Tensor& offsets, const Tensor& dy, Op::Into d, Op::Into dweights,
+// experts.cu. workspace: i32 [sort_workspace(pairs)].
+inline int64_t sort_workspace(int64_t ids) { return 8 * ids + (1 << 18); }
+void order_by_expert(const Tensor& ids, unsigned experts, const ExpertOrder& to, Tensor workspace,
                      Stream);
+// to[pairs[t, k]] (+)= from[t]; the tail is zeros.
+void spread_rows(const Tensor& from, const ExpertOrder& order, Op::Into to, Stream);
+// to[t] (+)= the sum of from[pairs[t, k]] over k, in fp32.
+void collect_rows(const Tensor& from, const Tensor& pairs, Op::Into to, Stream);
+void swiglu(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order, Tensor y,
+            Stream);
+void swiglu_backward(const Tensor& gate_up, const Tensor& weights, const ExpertOrder& order,
+                     const Tensor& dy, Op::Into d, Op::Into dweights, Stream);
 
 // rope.cu. parts: fp32, kRopeParts of [2, D].
 constexpr int64_t kRopeParts = 528;
@@ -62,7 +56,7 @@ bool qk_norm_rope_backward(const QkNormRope& q, const Tensor& dy, Op::Into dx, O
 
 // router.cu. Up to 512 experts. Without `choose`, out.ids are given.
 void route_top_k(const Tensor& logits, const RouterRule& rule, const Tensor& bias, bool choose,
-                 Routing out, Stream);
+                 const Routing& out, Stream);
 void route_top_k_backward(const RouterRule& rule, const Routing& out, const Tensor& dweights,
                           const Tensor& dscores, Op::Into into, Stream);
 void balanced_ids(Tensor ids, int64_t experts, Stream);
@@ -75,16 +69,14 @@ void z_terms(const Tensor& logits, Tensor terms, Tensor slopes, Stream);
 void sum_terms(const Tensor& terms, Tensor sum, Stream);  // in fp64
 void scale_by(const Tensor& slopes, const Tensor& seed, Op::Into into, Stream);
 
-// embedding.cu. workspace: i32 [embedding_workspace(T)].
-void embedding(const Tensor& ids, const Tensor& w, Tensor y, Stream);
-inline int64_t embedding_workspace(int64_t rows) { return 8 * rows + (1 << 18); }
+// embedding.cu. Forward is collect_rows. workspace: i32 [sort_workspace(T)].
 void embedding_backward(const Tensor& ids, const Tensor& dy, Op::Into dw, Tensor workspace, Stream);
 // Of a chunk of rows [rows, V], whose gradients take the place of the logits if they are wanted.
 void cross_entropy(Tensor logits, const Tensor& labels, Tensor loss, bool backward, Stream);
 
 // optimizer.cu. parts: fp64 [kSquareParts]; out: fp64 [1].
 constexpr int64_t kSquareParts = 2048;
-bool sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream);  // fp32 and bf16 g
+void sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream);  // fp32 and bf16 g
 void clip_by_norm(const Tensor& squares, double labels, double clip, Tensor norm, Stream);
 void adamw_update(const AdamW& rule, const Tensor& norm, const Tensor& grad, Tensor m, Tensor v,
                   Tensor value, Tensor rest, Stream);

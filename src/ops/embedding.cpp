@@ -99,7 +99,7 @@ Tensor embedding(Tape& tape, const Tensor& ids, Param& w, Loc at) {
         cpu::parallel_rows(ids.dim(0), h,
                            [=](int64_t t) { std::copy_n(from + id[t] * h, h, to + t * h); });
       },
-      [&](auto stream) { cuda::embedding(ids, w.value, y, stream); });
+      [&](auto stream) { cuda::collect_rows(w.value, ids, {y}, stream); });
   op.backward([y = y.identity(), ids, &w](Op& op) {
     const Tensor dy = op.grad(y);
     if (const auto dw = op.accumulate(w))
@@ -107,8 +107,8 @@ Tensor embedding(Tape& tape, const Tensor& ids, Param& w, Loc at) {
           {.bytes = double(dy.nbytes() + dw.tensor.nbytes())},
           [&] { cpu::add_rows(dy, ids.data<int32_t>(), dw); },
           [&](auto stream) {
-            Tensor work = op.workspace("embedding_order", {cuda::embedding_workspace(ids.dim(0))},
-                                       DType::i32);
+            Tensor work =
+                op.workspace("embedding_order", {cuda::sort_workspace(ids.numel())}, DType::i32);
             cuda::embedding_backward(ids, dy, dw, work, stream);
           });
   });

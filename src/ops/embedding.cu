@@ -1,28 +1,10 @@
 #include <cub/device/device_radix_sort.cuh>
 
+#include "core/cuda_helpers.cuh"
 #include "ops/cuda.h"
-#include "ops/cuda_helpers.cuh"
 
 namespace pith::cuda {
 namespace {
-
-constexpr int kWarps = 8;
-
-template <class T, int V>
-__global__ void take_rows(const T* w, const int* ids, int rows, int width, T* y) {
-  const int lane = threadIdx.x % 32;
-  for (int t = blockIdx.x * kWarps + threadIdx.x / 32; t < rows; t += gridDim.x * kWarps)
-    for (int j = lane * V; j < width; j += 32 * V) {
-      float v[V];
-      load<V>(w + int64_t(ids[t]) * width + j, v);
-      store<V>(y + int64_t(t) * width + j, v);
-    }
-}
-
-__global__ void count_up(int* to, int n) {
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < n) to[i] = i;
-}
 
 // ids ascending, `token` the rows of dy they come from, in order: a block sums the rows of one id, so a row of dw has
 // one writer.
@@ -63,7 +45,7 @@ __global__ void __launch_bounds__(1024, 2)
   };
   if (label < 0) {
     if (threadIdx.x == 0) loss[blockIdx.x] = 0;
-    if (backward) for_pieces([&](int64_t j, float (&)[V]) { store<V>(x + j, {}); });
+    if (backward) for_pieces([&](int64_t j, float(&)[V]) { store<V>(x + j, {}); });
     return;
   }
   const float own = x[label];
@@ -74,7 +56,7 @@ __global__ void __launch_bounds__(1024, 2)
     sum = sum * __expf(high - top) + other_sum * __expf(other_high - top);
     high = top;
   };
-  for_pieces([&](int64_t, float (&v)[V]) {
+  for_pieces([&](int64_t, float(&v)[V]) {
     float most = v[0];
 #pragma unroll
     for (int i = 1; i < V; ++i) most = fmaxf(most, v[i]);
@@ -94,7 +76,7 @@ __global__ void __launch_bounds__(1024, 2)
   const float log_sum = logf(sum) + high;
   if (threadIdx.x == 0) loss[blockIdx.x] = log_sum - own;
   if (backward)
-    for_pieces([&](int64_t j, float (&v)[V]) {
+    for_pieces([&](int64_t j, float(&v)[V]) {
 #pragma unroll
       for (int i = 0; i < V; ++i) v[i] = __expf(v[i] - log_sum) - (j + i == label ? 1.0f : 0.0f);
       store<V>(x + j, v);
@@ -103,45 +85,34 @@ __global__ void __launch_bounds__(1024, 2)
 
 }  // namespace
 
-void embedding(const Tensor& ids, const Tensor& w, Tensor y, Stream stream) {
-  const int rows = int(y.dim(0)), width = int(y.dim(1));
-  if (rows == 0) return;
-  by_vector(y.dtype(), width, {w, y}, [&](auto z, auto v) {
-    using T = decltype(z);
-    const int blocks = std::min(blocks_for(rows, kWarps), 16 * multiprocessors());
-    take_rows<T, v><<<blocks, 32 * kWarps, 0, stream>>>(data<const T>(w), data<const int>(ids),
-                                                        rows, width, data<T>(y));
-    check(cudaGetLastError());
-  });
+SortedIds sort_ids(const Tensor& ids, int bits, Tensor workspace, Stream stream) {
+  const int n = int(ids.numel()), used = (3 * n + 3) / 4 * 4;
+  int *order = data<int>(workspace), *sorted = order + n, *from = sorted + n;
+  size_t bytes = workspace.nbytes() - used * sizeof(int);
+  each(n, stream, [=] __device__(int64_t i) { order[i] = int(i); });
+  check(cub::DeviceRadixSort::SortPairs(order + used, bytes, data<const unsigned>(ids),
+                                        reinterpret_cast<unsigned*>(sorted), order, from, n, 0,
+                                        bits, stream));
+  return {sorted, from};
 }
 
 void embedding_backward(const Tensor& ids, const Tensor& dy, Op::Into dw, Tensor workspace,
                         Stream stream) {
-  const int rows = int(dy.dim(0)), width = int(dy.dim(1));
+  const int64_t rows = dy.dim(0), width = dy.dim(1);
   if (!dw.add) dw.tensor.fill_zero();
   if (rows == 0) return;
-  int *order = data<int>(workspace), *sorted = order + rows, *token = sorted + rows;
-  void* rest = order + (3 * rows + 3) / 4 * 4;
-  size_t bytes = workspace.nbytes() - (3 * rows + 3) / 4 * 4 * sizeof(int);
-  count_up<<<blocks_for(rows, 256), 256, 0, stream>>>(order, rows);
-  check(cub::DeviceRadixSort::SortPairs(rest, bytes, data<const int>(ids), sorted, order, token,
-                                        rows, 0, 32, stream));
+  const SortedIds sorted = sort_ids(ids, 32, workspace, stream);
   by_vector(dy.dtype(), width, {dy, dw.tensor}, [&](auto z, auto v) {
-    using T = decltype(z);
-    add_rows_by_id<T, v><<<rows, 256, 0, stream>>>(data<const T>(dy), sorted, token, rows, width,
-                                                   data<float>(dw.tensor));
-    check(cudaGetLastError());
+    launch(add_rows_by_id<decltype(z), v>, {unsigned(rows), 256}, stream, dy, sorted.ids,
+           sorted.from, rows, width, dw.tensor);
   });
 }
 
 void cross_entropy(Tensor logits, const Tensor& labels, Tensor loss, bool backward, Stream stream) {
-  const int rows = int(labels.dim(0));
   const int64_t n = logits.dim(1);
-  if (rows == 0) return;
   by_vector(logits.dtype(), n, {logits}, [&](auto z, auto v) {
-    cross_entropy<v><<<rows, 1024, 0, stream>>>(data<decltype(z)>(logits), data<const int>(labels),
-                                                n, data<float>(loss), backward);
-    check(cudaGetLastError());
+    launch(cross_entropy<v, decltype(z)>, {unsigned(labels.dim(0)), 1024}, stream, logits, labels,
+           n, loss, backward);
   });
 }
 

@@ -68,9 +68,9 @@ static void move(Op& op, const Tensor& from, const ExpertOrder& order, Op::Into 
       },
       [&](auto stream) {
         if (gather)
-          cuda::spread_rows(from, order.pairs, order.offsets, to.tensor, to.add, stream);
+          cuda::spread_rows(from, order, to, stream);
         else
-          cuda::collect_rows(from, order.pairs, to.tensor, to.add, stream);
+          cuda::collect_rows(from, order.pairs, to, stream);
       });
 }
 
@@ -189,10 +189,8 @@ ExpertOrder order_by_expert(Tape& tape, const Tensor& ids, int64_t experts, Loc 
         std::fill(slots + offsets[experts], slots + ids.numel(), -1);
       },
       [&](auto stream) {
-        Tensor counts = op.workspace("expert_counts", {cuda::order_workspace(ids.numel(), experts)},
-                                     DType::i32);
-        cuda::order_by_expert(ids, experts, order.offsets, order.slots, order.pairs, counts,
-                              stream);
+        Tensor work = op.workspace("expert_sort", {cuda::sort_workspace(ids.numel())}, DType::i32);
+        cuda::order_by_expert(ids, unsigned(experts), order, work, stream);
       });
   return order;
 }
@@ -218,9 +216,7 @@ Tensor swiglu(Tape& tape, const Tensor& gate_up, const Tensor& weights, const Ex
     cpu::run(
         op, {.bytes = 1.5 * gate_up.nbytes()}, y.dtype(),
         [&](auto z) { swiglu_forward<decltype(z)>(gate_up, weights, order, y); },
-        [&](auto stream) {
-          cuda::swiglu(gate_up, weights, order.slots, order.offsets, y, stream);
-        });
+        [&](auto stream) { cuda::swiglu(gate_up, weights, order, y, stream); });
   };
   forward(op, y);
   op.recompute(op.context().recompute.swiglu, false, y, forward);
@@ -242,8 +238,7 @@ Tensor swiglu(Tape& tape, const Tensor& gate_up, const Tensor& weights, const Ex
           });
         },
         [&](auto stream) {
-          cuda::swiglu_backward(gate_up, weights, order.slots, order.offsets, dy, {d, into.add}, dw,
-                                stream);
+          cuda::swiglu_backward(gate_up, weights, order, dy, {d, into.add}, dw, stream);
         });
   });
   return y;

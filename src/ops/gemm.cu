@@ -3,9 +3,8 @@
 #include <map>
 #include <tuple>
 
-#include "core/cuda.h"
+#include "core/cuda_helpers.cuh"
 #include "ops/cuda.h"
-#include "ops/cuda_helpers.cuh"
 
 // Dense products through cuBLASLt, which is loaded at run time. It thinks in columns: a row-major [m, n] is its [n, m],
 // so c^T = b^T a^T is what it computes.
@@ -15,35 +14,38 @@ namespace {
 
 constexpr size_t kWorkspace = size_t(64) << 20;
 
-// The functions of the library, by name.
-#define PITH_CUBLAS(name) decltype(&::name) name = cuda::function<decltype(&::name)>(library, #name)
-struct CublasLt {
-  void* library = cuda::load_library("libcublasLt.so.13");
-  PITH_CUBLAS(cublasLtCreate);
-  PITH_CUBLAS(cublasLtMatmul);
-  PITH_CUBLAS(cublasLtMatmulDescCreate);
-  PITH_CUBLAS(cublasLtMatmulDescSetAttribute);
-  PITH_CUBLAS(cublasLtMatrixLayoutCreate);
-  PITH_CUBLAS(cublasLtMatrixLayoutSetAttribute);
-  PITH_CUBLAS(cublasLtMatmulPreferenceCreate);
-  PITH_CUBLAS(cublasLtMatmulPreferenceSetAttribute);
-  PITH_CUBLAS(cublasLtMatmulAlgoGetHeuristic);
-  cublasLtHandle_t handle = nullptr;
-  Tensor workspace{{int64_t(kWorkspace)}, DType::u8, Device::cuda, "cublas_workspace"};
-};
-#undef PITH_CUBLAS
-
 void check(cublasStatus_t s) {
   if (s != CUBLAS_STATUS_SUCCESS) fail("cuBLASLt: status {}", int(s));
 }
 
-CublasLt& lt() {
-  static CublasLt* const the = [] {
-    auto* made = new CublasLt;  // never freed: the driver may be gone at exit
-    check(made->cublasLtCreate(&made->handle));
-    return made;
+// The functions of the library, by name.
+struct CublasLt {
+  void* library = cuda::load_library("libcublasLt.so.13");
+  PITH_LOADED(cublasLtCreate);
+  PITH_LOADED(cublasLtMatmul);
+  PITH_LOADED(cublasLtMatmulDescCreate);
+  PITH_LOADED(cublasLtMatmulDescSetAttribute);
+  PITH_LOADED(cublasLtMatrixLayoutCreate);
+  PITH_LOADED(cublasLtMatrixLayoutSetAttribute);
+  PITH_LOADED(cublasLtMatmulPreferenceCreate);
+  PITH_LOADED(cublasLtMatmulPreferenceSetAttribute);
+  PITH_LOADED(cublasLtMatmulAlgoGetHeuristic);
+  cublasLtHandle_t handle = [this] {
+    cublasLtHandle_t h = nullptr;
+    check(cublasLtCreate(&h));
+    return h;
   }();
-  return *the;
+  Tensor workspace{{int64_t(kWorkspace)}, DType::u8, Device::cuda, "cublas_workspace"};
+};
+
+template <class F, class To, class Key, class Value>
+void set(F function, To to, Key key, const Value& value) {
+  check(function(to, key, &value, sizeof value));
+}
+
+CublasLt& lt() {
+  static CublasLt& the = *new CublasLt;  // never freed: the driver may be gone at exit
+  return the;
 }
 
 cudaDataType_t type_of(DType t) {
@@ -68,33 +70,28 @@ Plan make_plan(const Key& key) {
   check(l.cublasLtMatmulDescCreate(
       &p.product, batch > 0 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F));
   // Its first operand is b.
-  const cublasOperation_t first = trans_b ? CUBLAS_OP_T : CUBLAS_OP_N,
-                          second = trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
-  check(l.cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_TRANSA, &first,
-                                         sizeof first));
-  check(l.cublasLtMatmulDescSetAttribute(p.product, CUBLASLT_MATMUL_DESC_TRANSB, &second,
-                                         sizeof second));
+  set(l.cublasLtMatmulDescSetAttribute, p.product, CUBLASLT_MATMUL_DESC_TRANSA,
+      trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+  set(l.cublasLtMatmulDescSetAttribute, p.product, CUBLASLT_MATMUL_DESC_TRANSB,
+      trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
   const auto layout = [&](cublasLtMatrixLayout_t& to, DType t, int64_t rows, int64_t cols) {
     check(l.cublasLtMatrixLayoutCreate(&to, type_of(t), uint64_t(cols), uint64_t(rows), cols));
     if (batch == 0) return;
-    const int32_t count = int32_t(batch);
-    const int64_t stride = rows * cols;
-    check(l.cublasLtMatrixLayoutSetAttribute(to, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
-                                             sizeof count));
-    check(l.cublasLtMatrixLayoutSetAttribute(to, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
-                                             &stride, sizeof stride));
+    set(l.cublasLtMatrixLayoutSetAttribute, to, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, int32_t(batch));
+    set(l.cublasLtMatrixLayoutSetAttribute, to, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+        rows * cols);
   };
   layout(p.a, in, trans_a ? k : m, trans_a ? m : k);
   layout(p.b, in, trans_b ? n : k, trans_b ? k : n);
   layout(p.c, out, m, n);
   cublasLtMatmulPreference_t wish = nullptr;
   check(l.cublasLtMatmulPreferenceCreate(&wish));
-  check(l.cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                               &kWorkspace, sizeof kWorkspace));
+  set(l.cublasLtMatmulPreferenceSetAttribute, wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+      kWorkspace);
   for (const auto of_matrix :
        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-    check(l.cublasLtMatmulPreferenceSetAttribute(wish, of_matrix, &alignment, sizeof alignment));
+    set(l.cublasLtMatmulPreferenceSetAttribute, wish, of_matrix, alignment);
   int found = 0;
   check(l.cublasLtMatmulAlgoGetHeuristic(l.handle, p.product, p.b, p.a, p.c, p.c, wish, 1,
                                          &p.chosen, &found));

@@ -1,7 +1,7 @@
-#include <algorithm>
+#include <cudaTypedefs.h>
 
+#include "core/cuda_helpers.cuh"
 #include "ops/cuda.h"
-#include "ops/cuda_helpers.cuh"
 #include "ops/hopper.cuh"
 
 // Products of consecutive rows with the matrix of their expert, bf16 with fp32 accumulation. Persistent clusters of
@@ -53,7 +53,8 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
 
   const Problem& p;
   Shared& s;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = int(cluster_rank());
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32,
+            rank = int(ptx::get_sreg_cluster_ctarank());
   int n_blocks = 0, m_pairs = 0, units = 0;
   int stage = 0, expert = 0;
   uint32_t parity = 0;
@@ -61,11 +62,11 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
   __device__ void begin() {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
-        barrier_init(&s.full[i], 1);
-        barrier_init(&s.empty[i],
-                     2 * kConsumerWarps);  // every one, so that none falls a phase behind
+        ptx::mbarrier_init(&s.full[i], 1);
+        // Every one, so that none falls a phase behind.
+        ptx::mbarrier_init(&s.empty[i], 2 * kConsumerWarps);
       }
-      barrier_init_done();
+      ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     }
     if (!kRowsAreK && warp == 1) count_tiles();
     cluster_sync();
@@ -120,7 +121,8 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
   __device__ void load(const Tile& t, const Segment& g, int k) {
     uint64_t* full = &s.full[stage];
     barrier_wait(&s.empty[stage], parity ^ 1);
-    barrier_expect(full, t.expert < 0 ? 0 : kStageBytes);
+    ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full,
+                                   t.expert < 0 ? 0 : kStageBytes);
     if (t.expert >= 0) {
       if constexpr (kTransA)
         for (int i = 0; i < kM / 64; ++i)
@@ -136,7 +138,7 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
         if (!t.shares_b)
           load_box(to, g.b, full, x, y, z);
         else if (i < (rank + 1) * kCount / 2)
-          load_box_to_both(to, g.b, full, x, y, z);
+          load_box<true>(to, g.b, full, x, y, z);
       }
     }
     next_stage();
@@ -173,8 +175,7 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
 
   // Rows as K: what follows the first `valid` rows of this stage belongs to another expert.
   __device__ void clear_tail(int valid) {
-    constexpr int kBoxCount =
-        (kM + kN) / 64;  // a and b lie one behind the other in each stage only
+    constexpr int kBoxCount = (kM + kN) / 64;  // a and b are apart
     const int chunks = (kK - valid) * 8;
     for (int i = threadIdx.x; i < chunks * kBoxCount; i += 256) {
       const int box = i / chunks, at = i % chunks;
@@ -182,7 +183,7 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
           box < kM / 64 ? s.a[stage] + box * 64 * kK : s.b[stage] + (box - kM / 64) * 64 * kK;
       reinterpret_cast<uint4*>(base + valid * 64)[at] = uint4{0, 0, 0, 0};
     }
-    fence_for_async();
+    ptx::fence_proxy_async(ptx::space_shared);
     sync_threads(3, 256);
   }
 
@@ -195,8 +196,7 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
       product<kTransA, kTransB>(acc, operand(a, kBoxBytes, 1024), operand(b, kBoxBytes, 1024),
                                 add || i > 0);
     }
-    products_commit();
-    products_done();  // the other warpgroup keeps the tensor cores busy
+    products_end();  // the other warpgroup keeps the tensor cores busy
   }
 
   __device__ void consume() {
@@ -230,7 +230,7 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
       }
       store(acc, t, group);
     }
-    if (threadIdx.x % 128 == 0) stores_done();
+    if (threadIdx.x % 128 == 0) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
   }
 
   // Rows of a warpgroup in boxes of 128 bytes, each through shared memory.
@@ -240,19 +240,19 @@ template <Kind kKind, class Out, bool kAdd> struct Gemm {
     const bool leader = threadIdx.x % 128 == 0;
 #pragma unroll
     for (int b = 0; b < kN / kColumns; ++b) {
-      if (leader) stores_read<kBoxes - 1>();
+      if (leader) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<kBoxes - 1>());
       sync_threads(1 + group, 128);
       uint8_t* box = s.out[group][b % kBoxes];
       fill_box(box, acc + b * kColumns / 2);
-      fence_for_async();
+      ptx::fence_proxy_async(ptx::space_shared);
       sync_threads(1 + group, 128);
       const int column = t.n + b * kColumns;
       if (kRowsAreK || valid >= 64) {
         if (leader) store_box<kAdd>(p.out, box, column, row0, kRowsAreK ? t.expert : 0);
-      } else {
-        if constexpr (!kRowsAreK) store_rows(box, row0, valid, column);
+      } else if constexpr (!kRowsAreK) {
+        store_rows(box, row0, valid, column);
       }
-      if (leader) stores_commit();
+      if (leader) ptx::cp_async_bulk_commit_group();
     }
   }
 
@@ -342,15 +342,19 @@ __global__ void zero_tail(uint8_t* y, int64_t rows, int64_t row_bytes, const int
   for (; i < end; i += step) y[i] = 0;
 }
 
-template <Kind kKind, class Out, bool kAdd> void launch(const Problem& p, Stream stream) {
-  const auto kernel = grouped_gemm<kKind, Out, kAdd>;
+template <Kind kKind, class Out, bool kAdd> void run(const Problem& p, Stream stream) {
   constexpr int bytes = sizeof(typename Gemm<kKind, Out, kAdd>::Shared);
-  static const int clusters = [&] {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    return multiprocessors() / 2;
-  }();
-  kernel<<<2 * clusters, 384, bytes, stream>>>(p);
-  check(cudaGetLastError());
+  const auto kernel = grouped_gemm<kKind, Out, kAdd>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  launch(kernel, {multiprocessors() / 2 * 2, 384, bytes}, stream, p);
+}
+
+// The driver's function, found at run time: the program links nothing of it.
+PFN_cuTensorMapEncodeTiled_v12000 encode_map() {
+  void* f = nullptr;
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault));
+  if (!f) fail("CUDA: the driver has no cuTensorMapEncodeTiled: it is older than CUDA 12");
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(f);
 }
 
 // A map of [depth, rows, cols] in boxes of 128 bytes by `box_rows`.
@@ -360,11 +364,12 @@ CUtensorMap map_of(const Tensor& t, int64_t depth, int64_t rows, int64_t cols, i
                  strides[] = {cols * size, cols * rows * size};
   const uint32_t box[] = {uint32_t(128 / size), uint32_t(box_rows), 1}, steps[] = {1, 1, 1};
   CUtensorMap map;
-  check(driver<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled")(
+  const CUresult e = encode_map()(
       &map, size == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
       const_cast<void*>(t.raw()), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (e != CUDA_SUCCESS) fail("CUDA driver: error {}", int(e));
   return map;
 }
 
@@ -374,82 +379,61 @@ bool fits_tma(const Tensor& t) {
          reinterpret_cast<uintptr_t>(t.raw()) % 16 == 0;
 }
 
-void rows_times_weights(Kind kind, const Tensor& x, const Tensor& w, const Tensor& offsets,
-                        Tensor y, Stream stream) {
+}  // namespace
+
+void grouped_multiply(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offsets,
+                      Tensor y, Stream stream) {
   const int experts = int(w.dim(0)), k = int(x.dim(1)), n = int(y.dim(1));
   const int* at = offsets.data<int32_t>();
   if (x.dim(0) == 0 || n == 0) return;
-  zero_tail<<<32, 256, 0, stream>>>(static_cast<uint8_t*>(y.raw()), y.dim(0),
-                                    n * int64_t(size_of(y.dtype())), at + experts);
+  launch(zero_tail, {32, 256}, stream, y, y.dim(0), n * size_of(y.dtype()), at + experts);
   if (experts <= kMaxExperts && fits_tma(x) && fits_tma(w) && fits_tma(y)) {
     Problem p{.out_rows = data<Bf16>(y), .segments = 1, .experts = experts, .n = n, .k = k};
     p.segment[0] = {map_of(x, 1, x.dim(0), k, kM),
-                    map_of(w, experts, w.dim(1), w.dim(2), kind == Kind::forward ? 128 : 64), at};
+                    map_of(w, experts, w.dim(1), w.dim(2), trans_w ? 128 : 64), at};
     p.out = map_of(y, 1, y.dim(0), n, 64);
-    kind == Kind::forward ? launch<Kind::forward, Bf16, false>(p, stream)
-                          : launch<Kind::input_gradient, Bf16, false>(p, stream);
-    return;
+    return (trans_w ? run<Kind::forward, Bf16, false>
+                    : run<Kind::input_gradient, Bf16, false>)(p, stream);
   }
   const int64_t size = w.dim(1) * w.dim(2), row = w.dim(2);
-  const Strides sb = kind == Kind::forward ? Strides{1, row, size} : Strides{row, 1, size};
+  const Strides sb = trans_w ? Strides{1, row, size} : Strides{row, 1, size};
   by_float_on_device(x.dtype(), [&](auto z) {
     using T = decltype(z);
-    const dim3 grid((n + 127) / 128, 64, experts);
-    simple_gemm<<<grid, 128, 0, stream>>>(data<const T>(x), {k, 1, 0}, data<const T>(w), sb,
-                                          data<T>(y), {n, 1, 0}, at, false, 0, n, k, false);
-    check(cudaGetLastError());
+    const dim3 blocks(blocks_for(n, 128), 64, experts);
+    launch(simple_gemm<T, T>, {blocks, 128}, stream, x, Strides{k, 1, 0}, w, sb, y,
+           Strides{n, 1, 0}, at, false, 0, n, k, false);
   });
-}
-
-}  // namespace
-
-void grouped_forward(const Tensor& x, const Tensor& w, const Tensor& offsets, Tensor y,
-                     Stream stream) {
-  rows_times_weights(Kind::forward, x, w, offsets, y, stream);
-}
-
-void grouped_input_gradient(const Tensor& dy, const Tensor& w, const Tensor& offsets, Tensor dx,
-                            Stream stream) {
-  rows_times_weights(Kind::input_gradient, dy, w, offsets, dx, stream);
 }
 
 void grouped_weight_gradient(std::span<WgradRecord* const> records, Op::Into dw, Stream stream) {
   const Tensor& out = dw.tensor;
   const int experts = int(out.dim(0)), n = int(out.dim(1)), k = int(out.dim(2));
-  const bool fast = experts <= kMaxExperts && out.dtype() != DType::f64 &&
-                    std::ranges::all_of(records, [](const WgradRecord* r) {
+  const bool fast = experts <= kMaxExperts && std::ranges::all_of(records, [](const auto* r) {
                       return r->x.dim(0) > 0 && fits_tma(r->x) && fits_tma(r->dy);
                     });
   const size_t step = fast ? kMaxSegments : 1;
   for (size_t first = 0; first < records.size(); first += step) {
     const auto part = records.subspan(first, std::min(step, records.size() - first));
     const bool add = dw.add || first > 0;
-    if (!fast) {
+    by_float_on_device(out.dtype(), [&](auto o) {
+      using Out = decltype(o);
+      if (fast) {
+        Problem p{.segments = int(part.size()), .experts = experts, .m = n, .n = k};
+        for (size_t i = 0; i < part.size(); ++i)
+          p.segment[i] = {map_of(part[i]->dy, 1, part[i]->dy.dim(0), n, 64),
+                          map_of(part[i]->x, 1, part[i]->x.dim(0), k, 64),
+                          part[i]->offsets.data<int32_t>()};
+        p.out = map_of(out, experts, n, k, 64);
+        constexpr Kind kind = Kind::weight_gradient;
+        return (add ? run<kind, Out, true> : run<kind, Out, false>)(p, stream);
+      }
       const WgradRecord& r = *part[0];
       by_float_on_device(r.x.dtype(), [&](auto z) {
-        using T = decltype(z);
-        by_float_on_device(out.dtype(), [&](auto o) {
-          using Out = decltype(o);
-          const dim3 grid((k + 127) / 128, std::min(n, 1024), experts);
-          simple_gemm<<<grid, 128, 0, stream>>>(data<const T>(r.dy), {1, n, 0}, data<const T>(r.x),
-                                                {k, 1, 0}, data<Out>(out), {k, 1, int64_t(n) * k},
-                                                r.offsets.data<int32_t>(), true, n, k, 0, add);
-          check(cudaGetLastError());
-        });
+        const dim3 blocks(blocks_for(k, 128), std::min(n, 1024), experts);
+        launch(simple_gemm<decltype(z), Out>, {blocks, 128}, stream, r.dy, Strides{1, n, 0}, r.x,
+               Strides{k, 1, 0}, out, Strides{k, 1, int64_t(n) * k}, r.offsets, true, n, k, 0, add);
       });
-      continue;
-    }
-    Problem p{.segments = int(part.size()), .experts = experts, .m = n, .n = k};
-    for (size_t i = 0; i < part.size(); ++i)
-      p.segment[i] = {map_of(part[i]->dy, 1, part[i]->dy.dim(0), n, 64),
-                      map_of(part[i]->x, 1, part[i]->x.dim(0), k, 64),
-                      part[i]->offsets.data<int32_t>()};
-    p.out = map_of(out, experts, n, k, 64);
-    constexpr Kind kind = Kind::weight_gradient;
-    if (out.dtype() == DType::f32)
-      add ? launch<kind, float, true>(p, stream) : launch<kind, float, false>(p, stream);
-    else
-      add ? launch<kind, Bf16, true>(p, stream) : launch<kind, Bf16, false>(p, stream);
+    });
   }
 }
 

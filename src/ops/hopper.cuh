@@ -1,44 +1,25 @@
 #pragma once
-// The Hopper instructions that kernels here are made of: mbarriers, bulk tensor copies (TMA) between global and
-// shared memory, warpgroup matrix products (wgmma). PTX ISA 8.x, sections "mbarrier", "cp.async.bulk.tensor", "wgmma".
+// What kernels for Hopper are made of beside cuda::ptx: bulk tensor copies (TMA) between global and shared memory,
+// clusters, and warpgroup matrix products (wgmma). PTX ISA 8.x, sections "cp.async.bulk.tensor", "wgmma".
 // All tiles in shared memory have rows of 128 bytes in the 128-byte swizzle: 16-byte chunk c of row r lies at c ^ (r % 8).
 
 #include <cuda.h>
 
-#include <cstdint>
+#include <cuda/ptx>
 
 namespace pith::cuda {
+
+namespace ptx = ::cuda::ptx;
 
 __device__ inline uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
 
-__device__ inline uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
 __device__ inline void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+  ptx::barrier_cluster_arrive();
+  ptx::barrier_cluster_wait();
 }
 
-// An mbarrier counts arrivals and bytes; `parity` is that of the phase waited for.
-__device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(arrivals));
-}
-__device__ inline void barrier_init_done() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
-}
 // At the barrier in the same place of another CTA of the cluster. It orders no memory: only reads by
 // wgmma precede it.
 __device__ inline void barrier_arrive(uint64_t* barrier, uint32_t cta) {
@@ -49,71 +30,39 @@ __device__ inline void barrier_arrive(uint64_t* barrier, uint32_t cta) {
       : "memory");
 }
 __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  uint32_t done = 0;
-  while (!done)
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
+  while (!ptx::mbarrier_try_wait_parity(barrier, parity)) {
+  }
 }
 
-// One box of a three-dimensional map at (x, y, z) to shared memory; outside the tensor reads as zero.
-__device__ inline void load_box(void* to, const CUtensorMap& map, uint64_t* barrier, int x, int y,
-                                int z) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
-      : "memory");
-}
-// To the same place in both CTAs of a cluster of two.
-__device__ inline void load_box_to_both(void* to, const CUtensorMap& map, uint64_t* barrier, int x,
-                                        int y, int z) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "h"(uint16_t(3))
-      : "memory");
+// One box of a three-dimensional map at (x, y, z) to shared memory, with kBoth to the same place in both CTAs of a
+// cluster of two; outside the tensor reads as zero.
+template <bool kBoth = false>
+__device__ void load_box(void* to, const CUtensorMap& map, uint64_t* barrier, int x, int y, int z) {
+  const int32_t at[] = {x, y, z};
+  if constexpr (kBoth)
+    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, to, &map, at, barrier,
+                              uint16_t(3));
+  else
+    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, to, &map, at, barrier);
 }
 // Shared to global memory, adding to what is there with kAdd; outside the tensor nothing is written.
 template <bool kAdd>
 __device__ void store_box(const CUtensorMap& map, const void* from, int x, int y, int z) {
+  const int32_t at[] = {x, y, z};
   if constexpr (kAdd)
-    asm volatile(
-        "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group"
-        " [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
-        "r"(shared_address(from)), "r"(x), "r"(y), "r"(z)
-        : "memory");
+    ptx::cp_reduce_async_bulk_tensor(ptx::space_global, ptx::space_shared, ptx::op_add, &map, at,
+                                     from);
   else
-    asm volatile(
-        "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group"
-        " [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
-        "r"(shared_address(from)), "r"(x), "r"(y), "r"(z)
-        : "memory");
+    ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &map, at, from);
 }
-__device__ inline void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until at most N committed groups have yet to read their shared memory.
-template <int N> __device__ void stores_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
-}
-__device__ inline void stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// Between ordinary writes to shared memory and reads of them by TMA or wgmma.
-__device__ inline void fence_for_async() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
 __device__ inline void sync_threads(int id, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void products_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-__device__ inline void products_done() {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+__device__ inline void products_end() {
+  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
 // A wgmma operand. K-major: rows of 64 elements of K, `stride` bytes between groups of 8 rows (1024). Otherwise

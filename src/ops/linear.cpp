@@ -57,7 +57,7 @@ void multiply(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offs
 void multiply_on_gpu(const Tensor& x, const Tensor& w, bool trans_w, const Tensor& offsets,
                      Tensor y, bool add, auto stream) {
   if (offsets)
-    (trans_w ? cuda::grouped_forward : cuda::grouped_input_gradient)(x, w, offsets, y, stream);
+    cuda::grouped_multiply(x, w, trans_w, offsets, y, stream);
   else
     cuda::gemm(false, trans_w, x.dim(0), y.dim(1), x.dim(1), x.raw(), w.raw(), x.dtype(), y.raw(),
                y.dtype(), add, stream);

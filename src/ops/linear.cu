@@ -1,5 +1,5 @@
+#include "core/cuda_helpers.cuh"
 #include "ops/cuda.h"
-#include "ops/cuda_helpers.cuh"
 
 namespace pith::cuda {
 namespace {
@@ -32,29 +32,21 @@ __global__ void sum_columns(const T* dy, int64_t rows, int64_t n, float* parts) 
 
 void add_bias(Tensor y, const Tensor& bias, Stream stream) {
   const int64_t n = y.dim(1);
-  if (y.numel() == 0) return;
   by_vector(y.dtype(), n, {y, bias}, [&](auto z, auto v) {
-    by_vector(bias.dtype(), n, {}, [&](auto b, auto) {
-      using T = decltype(z);
-      using Bias = decltype(b);
-      add_bias<v, T, Bias><<<blocks_for(y.numel(), 256 * v), 256, 0, stream>>>(
-          data<T>(y), data<const Bias>(bias), y.numel(), n);
-      check(cudaGetLastError());
+    by_float_on_device(bias.dtype(), [&](auto b) {
+      launch(add_bias<v, decltype(z), decltype(b)>, {blocks_for(y.numel(), 256 * v), 256}, stream,
+             y, bias, y.numel(), n);
     });
   });
 }
 
 void bias_gradient(const Tensor& dy, Op::Into db, Tensor parts, Stream stream) {
-  const int64_t rows = dy.dim(0), n = dy.dim(1), count = parts.dim(0);
-  if (n == 0) return;
+  const int64_t n = dy.dim(1), count = parts.dim(0);
   by_vector(dy.dtype(), n, {dy, parts}, [&](auto z, auto v) {
-    using T = decltype(z);
-    const dim3 grid(blocks_for(n, 128 * v), int(count));
-    sum_columns<v><<<grid, 128, 0, stream>>>(data<const T>(dy), rows, n, data<float>(parts));
-    check(cudaGetLastError());
+    const dim3 blocks(blocks_for(n, 128 * v), count);
+    launch(sum_columns<v, decltype(z)>, {blocks, 128}, stream, dy, dy.dim(0), n, parts);
   });
-  sum_parts(data<const float>(parts), int(count), int(n), int(n), data<float>(db.tensor), db.add,
-            stream);
+  sum_parts(parts, int(count), int(n), 0, db, stream);
 }
 
 }  // namespace pith::cuda

@@ -1,5 +1,5 @@
+#include "core/cuda_helpers.cuh"
 #include "ops/cuda.h"
-#include "ops/cuda_helpers.cuh"
 
 // Muon for a stack of matrices, as many at a time as have room: momentum and the sum of squares, division by the norm,
 // five iterations of three products each, whose other terms the products add themselves, and the step.
@@ -57,18 +57,13 @@ template <int V> __global__ void normalize(float* x, int64_t area, const float* 
   }
 }
 
-template <int V, class T>
-__global__ void step(const float* update, float* master, T* value, int64_t n, float keep,
-                     float rate) {
-  const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * V;
-  if (i >= n) return;
-  float w[V], u[V];
-  load<V>(master + i, w);
-  load<V>(update + i, u);
-#pragma unroll
-  for (int j = 0; j < V; ++j) w[j] = w[j] * keep - rate * u[j];
-  store<V>(master + i, w);
-  store<V>(value + i, w);
+template <class T>
+void step(const float* update, float* master, T* value, int64_t n, float keep, float rate,
+          Stream stream) {
+  each(n, stream, [=] __device__(int64_t i) {
+    master[i] = master[i] * keep - rate * update[i];
+    value[i] = T(master[i]);
+  });
 }
 
 // See orthogonalize in optimizer.cpp. Returns x or next, where the result lies.
@@ -99,18 +94,14 @@ void muon_update(const Muon& rule, const Tensor& grad, Tensor buf, Tensor master
   const float keep = float(1 - rule.lr * rule.weight_decay),
               rate = float(rule.lr * 0.2 * std::sqrt(double(std::max(r, c))));
   by_vector(value.dtype(), area, {grad, buf, master, value}, [&](auto z, auto v) {
-    using T = decltype(z);
     for (int64_t first = 0; first < batch; first += slots) {
       const int64_t at = first * area, count = std::min(slots, batch - first);
-      const dim3 grid(std::min(blocks_for(area, 4 * kThreads * v), int(kMuonParts)), count);
-      blend<v><<<grid, kThreads, 0, stream>>>(data<const float>(grad) + at, data<float>(buf) + at,
-                                              x, area, float(rule.grad_scale), float(rule.momentum),
-                                              parts);
-      normalize<v><<<grid, kThreads, 0, stream>>>(x, area, parts);
-      const float* update = iterate(count, r, c, x, next, gram, poly, stream);
-      step<v><<<blocks_for(count * area, kThreads * v), kThreads, 0, stream>>>(
-          update, data<float>(master) + at, data<T>(value) + at, count * area, keep, rate);
-      check(cudaGetLastError());
+      const dim3 blocks(std::min(blocks_for(area, 4 * kThreads * v), int(kMuonParts)), count);
+      launch(blend<v>, {blocks, kThreads}, stream, data<float>(grad) + at, data<float>(buf) + at, x,
+             area, rule.grad_scale, rule.momentum, parts);
+      launch(normalize<v>, {blocks, kThreads}, stream, x, area, parts);
+      step(iterate(count, r, c, x, next, gram, poly, stream), data<float>(master) + at,
+           data<decltype(z)>(value) + at, count * area, keep, rate, stream);
     }
   });
 }

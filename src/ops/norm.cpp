@@ -77,7 +77,7 @@ AddNorm add_rms_norm(Tape& tape, const Tensor& x, const Tensor& delta, Param& w,
     cpu::run(
         op, {.bytes = (delta ? 4.0 : 2.0) * x.nbytes()}, x.dtype(),
         [&](auto z) { forward<decltype(z)>(x, delta, w, out, rstd, eps); },
-        [&](auto stream) { cuda::add_rms_norm(x, delta, w, out.y, out.sum, rstd, eps, stream); });
+        [&](auto stream) { cuda::add_rms_norm(x, delta, w, out, rstd, eps, stream); });
   };
   norm(op, x, delta, out);
   op.recompute(op.context().recompute.norm, false, out.y,

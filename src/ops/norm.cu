@@ -1,10 +1,20 @@
+#include "core/cuda_helpers.cuh"
 #include "ops/cuda.h"
-#include "ops/cuda_helpers.cuh"
 
-// A block of threads holds a row in registers: one pass over memory.
+// A block of threads holds a row in registers, in pieces of V elements: one pass over memory.
 
 namespace pith::cuda {
 namespace {
+
+// f(p, j) for each piece p of this thread, which begins at column j of a row of h elements.
+template <int V, int kPieces, class F> __device__ void for_pieces(int h, F f) {
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    const int j = (p * blockDim.x + threadIdx.x) * V;
+    if (j >= h) break;
+    f(p, j);
+  }
+}
 
 template <int V, int kPieces, class T>
 __global__ void forward(const T* x, const T* delta, const T* w, T* y, T* sum, float* rstd, int h,
@@ -12,10 +22,7 @@ __global__ void forward(const T* x, const T* delta, const T* w, T* y, T* sum, fl
   __shared__ float scratch[32];
   const int64_t row = int64_t(blockIdx.x) * h;
   float v[kPieces][V], squares = 0;
-#pragma unroll
-  for (int p = 0; p < kPieces; ++p) {
-    const int j = (p * blockDim.x + threadIdx.x) * V;
-    if (j >= h) break;
+  for_pieces<V, kPieces>(h, [&](int p, int j) {
     load<V>(x + row + j, v[p]);
     if (delta) {
       float d[V];
@@ -26,30 +33,23 @@ __global__ void forward(const T* x, const T* delta, const T* w, T* y, T* sum, fl
     }
 #pragma unroll
     for (int i = 0; i < V; ++i) squares += v[p][i] * v[p][i];
-  }
+  });
   const float r = 1 / sqrtf(block_sum(squares, scratch) / h + eps);
   if (threadIdx.x == 0) rstd[blockIdx.x] = r;
-#pragma unroll
-  for (int p = 0; p < kPieces; ++p) {
-    const int j = (p * blockDim.x + threadIdx.x) * V;
-    if (j >= h) break;
+  for_pieces<V, kPieces>(h, [&](int p, int j) {
     float weight[V];
     load<V>(w + j, weight);
 #pragma unroll
     for (int i = 0; i < V; ++i) v[p][i] = rounded<T>(v[p][i] * r) * weight[i];
     store<V>(y + row + j, v[p]);
-  }
+  });
 }
-
-template <class T> struct Gradient {
-  T* to;
-  bool add;
-};
 
 // See the CPU kernel for the formula. Every block sums dw over its rows in registers.
 template <int V, int kPieces, class T>
 __global__ void backward(const T* x, const T* dy, const T* dsum, const T* w, const float* rstd,
-                         Gradient<T> dx, Gradient<T> ddelta, float* parts, int rows, int h) {
+                         T* dx, bool add_dx, T* ddelta, bool add_ddelta, float* parts, int rows,
+                         int h) {
   __shared__ float scratch[32];
   float dw[kPieces][V] = {};
   for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
@@ -57,10 +57,7 @@ __global__ void backward(const T* x, const T* dy, const T* dsum, const T* w, con
     const float scale = rstd[r];
     float v[kPieces][V], g[kPieces][V], dot = 0;
     Pack<V, T> extra[kPieces];
-#pragma unroll
-    for (int p = 0; p < kPieces; ++p) {
-      const int j = (p * blockDim.x + threadIdx.x) * V;
-      if (j >= h) break;
+    for_pieces<V, kPieces>(h, [&](int p, int j) {
       float weight[V];
       load<V>(x + row + j, v[p]);
       load<V>(dy + row + j, g[p]);
@@ -73,35 +70,27 @@ __global__ void backward(const T* x, const T* dy, const T* dsum, const T* w, con
         g[p][i] *= weight[i];
         dot += g[p][i] * n;
       }
-    }
+    });
     const float mean = scale * scale * block_sum(dot, scratch) / h;
-#pragma unroll
-    for (int p = 0; p < kPieces; ++p) {
-      const int j = (p * blockDim.x + threadIdx.x) * V;
-      if (j >= h) break;
+    for_pieces<V, kPieces>(h, [&](int p, int j) {
 #pragma unroll
       for (int i = 0; i < V; ++i)
         g[p][i] = g[p][i] * scale - v[p][i] * mean + (dsum ? float(extra[p].at[i]) : 0);
-      if (dx.to) store<V>(dx.to + row + j, g[p], dx.add);
-      if (ddelta.to) store<V>(ddelta.to + row + j, g[p], ddelta.add);
-    }
+      if (dx) store<V>(dx + row + j, g[p], add_dx);
+      if (ddelta) store<V>(ddelta + row + j, g[p], add_ddelta);
+    });
   }
-#pragma unroll
-  for (int p = 0; p < kPieces; ++p) {
-    const int j = (p * blockDim.x + threadIdx.x) * V;
-    if (j < h) store<V>(parts + int64_t(blockIdx.x) * h + j, dw[p]);
-  }
+  for_pieces<V, kPieces>(
+      h, [&](int p, int j) { store<V>(parts + int64_t(blockIdx.x) * h + j, dw[p]); });
 }
 
 // f(pieces of V elements that a thread holds, threads): whole warps that hold a row of h elements.
 template <class F> void by_pieces(int h, auto v, F f) {
-  const int threads = blocks_for(h, v);
-  const auto whole_warps = [](int n) { return (n + 31) / 32 * 32; };
-  if (threads > 4096) fail("rows of {} are too long for the CUDA norm", h);
-  if (threads <= 512)
-    f(std::integral_constant<int, 1>(), whole_warps(threads));
+  if (h > 4096 * v) fail("rows of {} are too long for the CUDA norm", h);
+  if (h <= 512 * v)
+    f(std::integral_constant<int, 1>(), blocks_for(h, 32 * v) * 32);
   else
-    f(std::integral_constant<int, 4>(), whole_warps((threads + 3) / 4));
+    f(std::integral_constant<int, 4>(), blocks_for(h, 128 * v) * 32);
 }
 
 // A warp's lanes are columns, the warps of a block take turns at the rows.
@@ -120,48 +109,34 @@ __global__ void column_sums(const float* parts, int rows, int n, int stride, flo
 
 }  // namespace
 
-void sum_parts(const float* parts, int rows, int n, int stride, float* out, bool add,
-               cudaStream_t stream) {
-  column_sums<<<blocks_for(n, 32), 1024, 0, stream>>>(parts, rows, n, stride, out, add);
-  check(cudaGetLastError());
+void sum_parts(const Tensor& parts, int rows, int stride, int first, Op::Into out, Stream stream) {
+  const int64_t n = out.tensor.numel();
+  launch(column_sums, {blocks_for(n, 32), 1024}, stream, data<const float>(parts) + first, rows, n,
+         stride, out.tensor, out.add);
 }
 
-void add_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& w, Tensor y, Tensor sum,
+void add_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& w, const AddNorm& out,
                   Tensor rstd, float eps, Stream stream) {
   const int rows = int(x.dim(0)), h = int(x.dim(1));
-  if (rows == 0) return;
-  by_vector(x.dtype(), h, {x, delta, w, y, sum}, [&](auto z, auto v) {
-    using T = decltype(z);
+  by_vector(x.dtype(), h, {x, delta, w, out.y, out.sum}, [&](auto z, auto v) {
     by_pieces(h, v, [&](auto pieces, int threads) {
-      forward<v, pieces><<<rows, threads, 0, stream>>>(
-          data<const T>(x), delta ? data<const T>(delta) : nullptr, data<const T>(w), data<T>(y),
-          data<T>(sum), data<float>(rstd), h, eps);
+      launch(forward<v, pieces, decltype(z)>, {unsigned(rows), threads}, stream, x, delta, w, out.y,
+             out.sum, rstd, h, eps);
     });
-    check(cudaGetLastError());
   });
 }
 
 void add_rms_norm_backward(const Tensor& sum, const Tensor& dy, const Tensor& dsum, const Tensor& w,
                            const Tensor& rstd, Op::Into dx, Op::Into ddelta, Op::Into dw,
                            Tensor parts, Stream stream) {
-  const int rows = int(sum.dim(0)), h = int(sum.dim(1));
+  const int count = int(parts.dim(0)), h = int(sum.dim(1));
   by_vector(sum.dtype(), h, {sum, dy, dsum, w, dx.tensor, ddelta.tensor}, [&](auto z, auto v) {
-    using T = decltype(z);
-    const auto into = [](const Op::Into& g) {
-      return Gradient<T>{g ? data<T>(g.tensor) : nullptr, g.add};
-    };
-    if (rows > 0)
-      by_pieces(h, v, [&](auto pieces, int threads) {
-        backward<v, pieces><<<int(parts.dim(0)), threads, 0, stream>>>(
-            data<const T>(sum), data<const T>(dy), dsum ? data<const T>(dsum) : nullptr,
-            data<const T>(w), data<const float>(rstd), into(dx), into(ddelta), data<float>(parts),
-            rows, h);
-      });
-    check(cudaGetLastError());
+    by_pieces(h, v, [&](auto pieces, int threads) {
+      launch(backward<v, pieces, decltype(z)>, {unsigned(count), threads}, stream, sum, dy, dsum, w,
+             rstd, dx.tensor, dx.add, ddelta.tensor, ddelta.add, parts, sum.dim(0), h);
+    });
   });
-  if (dw)
-    sum_parts(data<const float>(parts), int(parts.dim(0)), h, h, data<float>(dw.tensor), dw.add,
-              stream);
+  if (dw) sum_parts(parts, count, h, 0, dw, stream);
 }
 
 }  // namespace pith::cuda

@@ -1,18 +1,12 @@
+#include "core/cuda_helpers.cuh"
 #include "core/param.h"
 #include "ops/cuda.h"
-#include "ops/cuda_helpers.cuh"
 
 namespace pith::cuda {
 namespace {
 
-__device__ double warp_sum(double x) {
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
-  return x;
-}
-
 // A fixed share of the elements for each block, so that the order of additions does not change.
 template <int V, class T> __global__ void squares(const T* g, int64_t n, double* parts) {
-  __shared__ double scratch[8];
   double sum = 0;
   for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V; i < n;
        i += int64_t(gridDim.x) * blockDim.x * V) {
@@ -21,12 +15,8 @@ template <int V, class T> __global__ void squares(const T* g, int64_t n, double*
 #pragma unroll
     for (int x = 0; x < V; ++x) sum += double(v[x] * v[x]);
   }
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  for (int w = 1; w < 8; ++w) sum += scratch[w];
-  parts[blockIdx.x] = sum;
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
 // By one warp.
@@ -88,45 +78,30 @@ __global__ void adamw(const Rates r, const double* norm, int64_t n, const G* gra
 
 }  // namespace
 
-bool sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream stream) {
-  if (g.dtype() > DType::bf16 || g.dtype() == DType::f64) return false;
+void sum_of_squares(const Tensor& g, Tensor parts, Tensor out, Stream stream) {
   by_vector(g.dtype(), g.numel(), {g}, [&](auto z, auto v) {
-    squares<v><<<int(kSquareParts), 256, 0, stream>>>(data<const decltype(z)>(g), g.numel(),
-                                                      data<double>(parts));
+    launch(squares<v, decltype(z)>, {kSquareParts, 256}, stream, g, g.numel(), parts);
   });
-  sum_squares<<<1, 32, 0, stream>>>(data<const double>(parts), int(kSquareParts),
-                                    data<double>(out));
-  check(cudaGetLastError());
-  return true;
+  launch(sum_squares, {1, 32}, stream, parts, kSquareParts, out);
 }
 
 void clip_by_norm(const Tensor& squares, double labels, double clip_norm, Tensor norm,
                   Stream stream) {
-  clip<<<1, 32, 0, stream>>>(data<const double>(squares), int(squares.numel()), labels, clip_norm,
-                             data<double>(norm));
-  check(cudaGetLastError());
+  launch(clip, {1, 32}, stream, squares, squares.numel(), labels, clip_norm, norm);
 }
 
 void adamw_update(const AdamW& rule, const Tensor& norm, const Tensor& grad, Tensor m, Tensor v,
                   Tensor value, Tensor rest, Stream stream) {
   const int64_t n = grad.numel();
-  if (n == 0) return;
-  const Rates r{float(rule.lr),
-                float(rule.beta1),
-                float(rule.beta2),
-                float(rule.eps),
-                float(rule.weight_decay),
-                float(1 / (1 - std::pow(rule.beta1, double(rule.step)))),
-                float(1 / std::sqrt(1 - std::pow(rule.beta2, double(rule.step))))};
+  const double m_scale = 1 / (1 - std::pow(rule.beta1, double(rule.step))),
+               v_scale = 1 / std::sqrt(1 - std::pow(rule.beta2, double(rule.step)));
+  const Rates r(float(rule.lr), float(rule.beta1), float(rule.beta2), float(rule.eps),
+                float(rule.weight_decay), float(m_scale), float(v_scale));
   by_vector(value.dtype(), n, {grad, m, v, value, rest}, [&](auto z, auto width) {
-    using T = decltype(z);
-    const auto run = [&]<class G>(const G* g) {
-      adamw<width><<<blocks_for(n, 256 * width), 256, 0, stream>>>(
-          r, data<const double>(norm), n, g, data<float>(m), data<float>(v), data<T>(value),
-          rest ? data<uint16_t>(rest) : nullptr);
-      check(cudaGetLastError());
-    };
-    grad.dtype() == DType::bf16 ? run(data<const Bf16>(grad)) : run(data<const float>(grad));
+    by_float_on_device(grad.dtype(), [&](auto g) {
+      launch(adamw<width, decltype(g), decltype(z)>, {blocks_for(n, 256 * width), 256}, stream, r,
+             norm, n, grad, m, v, value, rest);
+    });
   });
 }
 

@@ -1,5 +1,5 @@
+#include "core/cuda_helpers.cuh"
 #include "ops/cuda.h"
-#include "ops/cuda_helpers.cuh"
 
 // A warp works on a token; lane l holds experts l, l + 32, ... Letters as in router.h.
 
@@ -44,23 +44,26 @@ __device__ void load_row(const float* from, int experts, int lane, float past, f
   for (int i = 0; i < kHeld; ++i) to[i] = i * 32 + lane < experts ? from[i * 32 + lane] : past;
 }
 
-struct Rule {
-  Score score;
-  int top_k;
-  bool normalized;
-  float scaling;
-};
-
-// Weight of a chosen expert per unit of its score.
-__device__ float factor(const Rule& rule, const float* scores, const int* ids) {
-  if (!rule.normalized) return rule.scaling;
-  float sum = 0;
-  for (int j = 0; j < rule.top_k; ++j) sum += ids[j] < 0 ? 0 : scores[ids[j]];
-  return rule.scaling / (sum == 0 ? 1 : sum);
+__device__ void store_row(const float (&from)[kHeld], int experts, int lane, float* to) {
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    if (i * 32 + lane < experts) to[i * 32 + lane] = from[i];
 }
 
-__global__ void route(const float* logits, int tokens, int experts, Rule rule, const float* bias,
-                      bool choose, int* ids, float* weights, float* scores) {
+__device__ bool is_normalized(const RouterRule& rule) {
+  return rule.renormalize || rule.score == Score::softmax_after_top_k;
+}
+
+// Weight of a chosen expert per unit of its score.
+__device__ float factor(const RouterRule& rule, const float* scores, const int* ids) {
+  if (!is_normalized(rule)) return float(rule.scaling);
+  float sum = 0;
+  for (int j = 0; j < rule.top_k; ++j) sum += ids[j] < 0 ? 0 : scores[ids[j]];
+  return float(rule.scaling) / (sum == 0 ? 1 : sum);
+}
+
+__global__ void route(int tokens, int experts, const float* logits, RouterRule rule,
+                      const float* bias, bool choose, int* ids, float* weights, float* scores) {
   const int lane = threadIdx.x % 32, t = blockIdx.x * kWarps + threadIdx.x / 32;
   if (t >= tokens) return;
   float x[kHeld], key[kHeld];
@@ -77,10 +80,7 @@ __global__ void route(const float* logits, int tokens, int experts, Rule rule, c
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int e = i * 32 + lane;
-    if (e >= experts) {
-      key[i] = -INFINITY;
-      continue;
-    }
+    if (e >= experts) break;
     scores[e] = x[i];
     // Logits tell apart what softmax rounds to one score.
     if (rule.score != Score::softmax_after_top_k || bias) key[i] = x[i] + (bias ? bias[e] : 0);
@@ -105,9 +105,9 @@ __global__ void route(const float* logits, int tokens, int experts, Rule rule, c
     weights[int64_t(t) * rule.top_k + j] = ids[j] < 0 ? 0 : scores[ids[j]] * f;
 }
 
-__global__ void route_backward(const Rule rule, const int* ids, const float* weights,
-                               const float* scores, const float* dweights, const float* dscores,
-                               int tokens, int experts, float* to, bool add) {
+__global__ void route_backward(int tokens, int experts, RouterRule rule, const int* ids,
+                               const float* weights, const float* scores, const float* dweights,
+                               const float* dscores, float* to, bool add) {
   const int lane = threadIdx.x % 32, t = blockIdx.x * kWarps + threadIdx.x / 32;
   if (t >= tokens) return;
   const int64_t row = int64_t(t) * experts, chosen = int64_t(t) * rule.top_k;
@@ -116,8 +116,8 @@ __global__ void route_backward(const Rule rule, const int* ids, const float* wei
   load_row(dscores + row, experts, lane, 0, d);
   const float f = factor(rule, scores + row, ids + chosen);
   float mean = 0;
-  for (int j = 0; rule.normalized && j < rule.top_k; ++j)
-    mean += dweights[chosen + j] * weights[chosen + j] / rule.scaling;
+  for (int j = 0; is_normalized(rule) && j < rule.top_k; ++j)
+    mean += dweights[chosen + j] * weights[chosen + j] / float(rule.scaling);
   for (int j = 0; j < rule.top_k; ++j) {
     const int e = ids[chosen + j];
     const float dw = f * (dweights[chosen + j] - mean);
@@ -139,14 +139,9 @@ __global__ void route_backward(const Rule rule, const int* ids, const float* wei
   }
 }
 
-__global__ void balanced(int* ids, int64_t pairs, int top_k, int experts) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < pairs) ids[i] = int((i / top_k + i % top_k * (experts / top_k)) % experts);
-}
-
 // counts[g][e] (+)= scale * how often group g's ids chose e. A block for each group; sums of integers, so exact.
-__global__ void count_ids(const int* ids, int64_t per_group, int experts, float scale,
-                          float* counts, bool add) {
+__global__ void count_group(const int* ids, int64_t per_group, int experts, float scale,
+                            float* counts, bool add) {
   extern __shared__ int count[];
   for (int e = threadIdx.x; e < experts; e += blockDim.x) count[e] = 0;
   __syncthreads();
@@ -160,8 +155,8 @@ __global__ void count_ids(const int* ids, int64_t per_group, int experts, float 
 }
 
 // See the CPU code: a term and its slope for every token. fractions [groups or 1][experts].
-__global__ void balance(const float* scores, const float* fractions, int tokens, int experts,
-                        int per_group, bool shared, float scale, float* terms, float* slopes) {
+__global__ void balance_term(int tokens, int experts, const float* scores, const float* fractions,
+                             int per_group, bool shared, float scale, float* terms, float* slopes) {
   const int lane = threadIdx.x % 32, t = blockIdx.x * kWarps + threadIdx.x / 32;
   if (t >= tokens) return;
   float s[kHeld], f[kHeld], sum = 0, weighted = 0;
@@ -173,12 +168,11 @@ __global__ void balance(const float* scores, const float* fractions, int tokens,
   weighted = warp_sum(weighted) / sum;
   if (lane == 0) terms[t] = scale * weighted;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i)
-    if (i * 32 + lane < experts)
-      slopes[int64_t(t) * experts + i * 32 + lane] = scale * (f[i] - weighted) / sum;
+  for (int i = 0; i < kHeld; ++i) f[i] = scale * (f[i] - weighted) / sum;
+  store_row(f, experts, lane, slopes + int64_t(t) * experts);
 }
 
-__global__ void z_terms(const float* logits, int tokens, int experts, float* terms, float* slopes) {
+__global__ void z_term(int tokens, int experts, const float* logits, float* terms, float* slopes) {
   const int lane = threadIdx.x % 32, t = blockIdx.x * kWarps + threadIdx.x / 32;
   if (t >= tokens) return;
   float x[kHeld];
@@ -186,106 +180,71 @@ __global__ void z_terms(const float* logits, int tokens, int experts, float* ter
   const float z = softmax(x);
   if (lane == 0) terms[t] = z * z;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i)
-    if (i * 32 + lane < experts) slopes[int64_t(t) * experts + i * 32 + lane] = 2 * z * x[i];
+  for (int i = 0; i < kHeld; ++i) x[i] *= 2 * z;
+  store_row(x, experts, lane, slopes + int64_t(t) * experts);
 }
 
 // One block: the same order of additions every time.
-__global__ void sum_terms(const float* terms, int n, float* sum) {
-  __shared__ double scratch[32];
+__global__ void sum_all(const float* terms, int n, float* sum) {
   double x = 0;
   for (int i = threadIdx.x; i < n; i += blockDim.x) x += terms[i];
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  for (int w = 1; w < int(blockDim.x) / 32; ++w) x += scratch[w];
-  *sum = float(x);
+  x = block_sum(x);
+  if (threadIdx.x == 0) *sum = float(x);
 }
 
-__global__ void scale_by(const float* slopes, const float* seed, int64_t n, float* to, bool add) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < n) to[i] = (add ? to[i] : 0) + *seed * slopes[i];
-}
-
-Rule device_rule(const RouterRule& r) {
-  return {r.score, int(r.top_k), r.renormalize || r.score == Score::softmax_after_top_k,
-          float(r.scaling)};
-}
-
-void check_experts(int64_t experts) {
+// A warp for each row of logits or scores.
+template <class... P, class... A>
+void launch_rows(void (*kernel)(P...), const Tensor& rows, Stream stream, const A&... a) {
+  const int64_t tokens = rows.dim(0), experts = rows.dim(1);
   if (experts > 32 * kHeld) fail("{} experts: the CUDA router takes up to {}", experts, 32 * kHeld);
+  launch(kernel, {blocks_for(tokens, kWarps), 32 * kWarps}, stream, tokens, experts, a...);
 }
 
 }  // namespace
 
 void route_top_k(const Tensor& logits, const RouterRule& rule, const Tensor& bias, bool choose,
-                 Routing out, Stream stream) {
-  const int tokens = int(logits.dim(0)), experts = int(logits.dim(1));
-  check_experts(experts);
-  if (tokens == 0) return;
-  route<<<blocks_for(tokens, kWarps), 32 * kWarps, 0, stream>>>(
-      data<const float>(logits), tokens, experts, device_rule(rule),
-      bias ? data<const float>(bias) : nullptr, choose, data<int>(out.ids),
-      data<float>(out.weights), data<float>(out.scores));
-  check(cudaGetLastError());
+                 const Routing& out, Stream stream) {
+  launch_rows(route, logits, stream, logits, rule, bias, choose, out.ids, out.weights, out.scores);
 }
 
 void route_top_k_backward(const RouterRule& rule, const Routing& out, const Tensor& dweights,
                           const Tensor& dscores, Op::Into into, Stream stream) {
-  const int tokens = int(into.tensor.dim(0)), experts = int(into.tensor.dim(1));
-  if (tokens == 0) return;
-  route_backward<<<blocks_for(tokens, kWarps), 32 * kWarps, 0, stream>>>(
-      device_rule(rule), data<const int>(out.ids), data<const float>(out.weights),
-      data<const float>(out.scores), data<const float>(dweights), data<const float>(dscores),
-      tokens, experts, data<float>(into.tensor), into.add);
-  check(cudaGetLastError());
+  launch_rows(route_backward, into.tensor, stream, rule, out.ids, out.weights, out.scores, dweights,
+              dscores, into.tensor, into.add);
 }
 
 void balanced_ids(Tensor ids, int64_t experts, Stream stream) {
-  if (ids.numel() == 0) return;
-  balanced<<<blocks_for(ids.numel(), 256), 256, 0, stream>>>(data<int>(ids), ids.numel(),
-                                                             int(ids.dim(1)), int(experts));
-  check(cudaGetLastError());
+  each(ids.numel(), stream, [=, to = data<int>(ids), k = ids.dim(1)] __device__(int64_t i) {
+    to[i] = int((i / k + i % k * (experts / k)) % experts);
+  });
 }
 
 void count_ids(const Tensor& ids, int64_t groups, double scale, Tensor counts, bool add,
                Stream stream) {
-  const int experts = int(counts.numel() / groups);
-  count_ids<<<int(groups), 1024, experts * sizeof(int), stream>>>(
-      data<const int>(ids), ids.numel() / groups, experts, float(scale), data<float>(counts), add);
-  check(cudaGetLastError());
+  const int64_t experts = counts.numel() / groups;
+  launch(count_group, {unsigned(groups), 1024, experts * sizeof(int)}, stream, ids,
+         ids.numel() / groups, experts, scale, counts, add);
 }
 
 void balance_terms(const Tensor& scores, const Tensor& fractions, int64_t groups, Tensor terms,
                    Tensor slopes, Stream stream) {
-  const int tokens = int(scores.dim(0)), experts = int(scores.dim(1));
-  check_experts(experts);
-  balance<<<blocks_for(tokens, kWarps), 32 * kWarps, 0, stream>>>(
-      data<const float>(scores), data<const float>(fractions), tokens, experts,
-      int(tokens / groups), fractions.dim(0) == 1, float(double(experts) / tokens),
-      data<float>(terms), data<float>(slopes));
-  check(cudaGetLastError());
+  const int64_t tokens = scores.dim(0);
+  launch_rows(balance_term, scores, stream, scores, fractions, tokens / groups,
+              fractions.dim(0) == 1, double(scores.dim(1)) / tokens, terms, slopes);
 }
 
 void z_terms(const Tensor& logits, Tensor terms, Tensor slopes, Stream stream) {
-  const int tokens = int(logits.dim(0)), experts = int(logits.dim(1));
-  check_experts(experts);
-  z_terms<<<blocks_for(tokens, kWarps), 32 * kWarps, 0, stream>>>(
-      data<const float>(logits), tokens, experts, data<float>(terms), data<float>(slopes));
-  check(cudaGetLastError());
+  launch_rows(z_term, logits, stream, logits, terms, slopes);
 }
 
 void sum_terms(const Tensor& terms, Tensor sum, Stream stream) {
-  sum_terms<<<1, 1024, 0, stream>>>(data<const float>(terms), int(terms.numel()), data<float>(sum));
-  check(cudaGetLastError());
+  launch(sum_all, {1, 1024}, stream, terms, terms.numel(), sum);
 }
 
 void scale_by(const Tensor& slopes, const Tensor& seed, Op::Into into, Stream stream) {
-  const int64_t n = slopes.numel();
-  scale_by<<<blocks_for(n, 256), 256, 0, stream>>>(
-      data<const float>(slopes), data<const float>(seed), n, data<float>(into.tensor), into.add);
-  check(cudaGetLastError());
+  each(slopes.numel(), stream,
+       [from = data<float>(slopes), by = data<float>(seed), to = data<float>(into.tensor),
+        add = into.add] __device__(int64_t i) { to[i] = (add ? to[i] : 0) + *by * from[i]; });
 }
 
 }  // namespace pith::cuda
