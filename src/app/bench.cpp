@@ -23,7 +23,7 @@ struct Workload {
   Sizes sizes = kQwen3_30B;
 };
 constexpr Workload kWorkloads[] = {{"W1", 8, 2048, 1, 32, 4},      {"W2", 8, 4096, 1, 16, 4},
-                                   {"W3", 8, 4096, 2, 32, 2},      {"W4", 6, 4096, 1, 16, 4},
+                                   {"W3", 8, 4096, 2, 32, 3},      {"W4", 6, 4096, 1, 16, 4},
                                    {"W5", 6, 4096, 2, 32, 2},      {"W6", 6, 4096, 4, 64, 2},
                                    {"tiny", 2, 64, 2, 8, 2, kTiny}};
 
@@ -97,6 +97,7 @@ void bench_train(const BenchOptions& o) {
   say(stderr, plan.table);
   Trainer trainer{run};
   trainer.start();
+  memory::reset_peak(trainer.device);
   double first_step = 0;
   std::vector<double> seconds;
   StepMetrics m;

@@ -1,4 +1,5 @@
 #include "engine/train.h"
+#include "ops/cuda.h"
 
 namespace pith {
 
@@ -47,6 +48,8 @@ Plan make_plan(const RunConfig& run) {
   Context context = make_context(run, Device::meta);
   const auto model = make_model(read_model_config(run.model), model_options(run, Device::meta));
   Optimizer optimizer(model->params, run, context);
+  const int64_t library = context.planned == Device::cuda ? cuda::kGemmWorkspace : 0;
+  const Tensor workspace({library}, DType::u8, Device::meta, "cublas_workspace");
   const size_t static_bytes = memory::live(Device::meta);
   Pipeline pipeline(*model, context, run.train);
   std::vector<Tensor> copies;  // of a save in the background, alive through the next steps

@@ -141,6 +141,7 @@ void train(const RunConfig& run) {
   for (int s : {SIGTERM, SIGUSR1, SIGINT}) std::signal(s, request_stop);
   const double begin = omp_get_wtime();
   int64_t step = trainer.start(), saved = step;
+  memory::reset_peak(trainer.device);  // initialization is not planned
   const int64_t steps = run.train.steps, last = run.train.last_step();
   const auto say_validation_loss = [&] {  // where no update has a step line of its own to say it
     say(stdout, fmt::format("step {}/{}  validation_loss {:.4f}\n", step, steps,

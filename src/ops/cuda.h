@@ -91,7 +91,8 @@ inline int64_t muon_work(int64_t r, int64_t c) {
 void muon_update(const Muon& rule, const Tensor& grad, Tensor buf, Tensor master, Tensor value,
                  Tensor work, Stream);
 
-// gemm.cu: cpu::gemm of ops/gemm.h in device memory, bf16 and fp32; bf16 out may add.
+// gemm.cu: cpu::gemm of ops/gemm.h in device memory, bf16 and fp32; bf16 out may add. cuBLASLt keeps a workspace.
+constexpr int64_t kGemmWorkspace = 64 << 20;
 void gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const void* a, const void* b,
           DType in, void* c, DType out, bool add, Stream);
 // d = alpha op(a) op(b) + beta c for `batch` fp32 matrices, one behind the other; operands rounded to TF32, sums and

@@ -102,15 +102,14 @@ Tensor embedding(Tape& tape, const Tensor& ids, Param& w, Loc at) {
       [&](auto stream) { cuda::collect_rows(w.value, ids, {y}, stream); });
   op.backward([y = y.identity(), ids, &w](Op& op) {
     const Tensor dy = op.grad(y);
-    if (const auto dw = op.accumulate(w))
-      op.run(
-          {.bytes = double(dy.nbytes() + dw.tensor.nbytes())},
-          [&] { cpu::add_rows(dy, ids.data<int32_t>(), dw); },
-          [&](auto stream) {
-            Tensor work =
-                op.workspace("embedding_order", {cuda::sort_workspace(ids.numel())}, DType::i32);
-            cuda::embedding_backward(ids, dy, dw, work, stream);
-          });
+    const auto dw = op.accumulate(w);
+    if (!dw) return;
+    const int64_t room = op.on_gpu() ? cuda::sort_workspace(ids.numel()) : 0;
+    Tensor work = op.workspace("embedding_sort", {room}, DType::i32);
+    op.run(
+        {.bytes = double(dy.nbytes() + dw.tensor.nbytes())},
+        [&] { cpu::add_rows(dy, ids.data<int32_t>(), dw); },
+        [&](auto stream) { cuda::embedding_backward(ids, dy, dw, work, stream); });
   });
   return y;
 }

@@ -170,6 +170,8 @@ ExpertOrder order_by_expert(Tape& tape, const Tensor& ids, int64_t experts, Loc 
   ExpertOrder order{op.workspace("expert_offsets", {experts + 1}, DType::i32),
                     op.workspace("expert_slots", {ids.numel()}, DType::i32),
                     op.workspace("expert_pairs", ids.shape(), DType::i32)};
+  const int64_t room = op.on_gpu() ? cuda::sort_workspace(ids.numel()) : 0;
+  Tensor work = op.workspace("expert_sort", {room}, DType::i32);
   op.run(
       {.bytes = 4.0 * ids.nbytes()},
       [&] {
@@ -188,10 +190,7 @@ ExpertOrder order_by_expert(Tape& tape, const Tensor& ids, int64_t experts, Loc 
         }
         std::fill(slots + offsets[experts], slots + ids.numel(), -1);
       },
-      [&](auto stream) {
-        Tensor work = op.workspace("expert_sort", {cuda::sort_workspace(ids.numel())}, DType::i32);
-        cuda::order_by_expert(ids, unsigned(experts), order, work, stream);
-      });
+      [&](auto stream) { cuda::order_by_expert(ids, unsigned(experts), order, work, stream); });
   return order;
 }
 

@@ -12,7 +12,6 @@
 namespace pith::cuda {
 namespace {
 
-constexpr size_t kWorkspace = size_t(64) << 20;
 
 void check(cublasStatus_t s) {
   if (s != CUBLAS_STATUS_SUCCESS) fail("cuBLASLt: status {}", int(s));
@@ -35,7 +34,7 @@ struct CublasLt {
     check(cublasLtCreate(&h));
     return h;
   }();
-  Tensor workspace{{int64_t(kWorkspace)}, DType::u8, Device::cuda, "cublas_workspace"};
+  Tensor workspace{{kGemmWorkspace}, DType::u8, Device::cuda, "cublas_workspace"};
 };
 
 template <class F, class To, class Key, class Value>
@@ -87,7 +86,7 @@ Plan make_plan(const Key& key) {
   cublasLtMatmulPreference_t wish = nullptr;
   check(l.cublasLtMatmulPreferenceCreate(&wish));
   set(l.cublasLtMatmulPreferenceSetAttribute, wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-      kWorkspace);
+      kGemmWorkspace);
   for (const auto of_matrix :
        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
@@ -114,7 +113,7 @@ void multiply(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const
   const Plan& p = it->second;
   CublasLt& l = lt();
   check(l.cublasLtMatmul(l.handle, p.product, &scaled.alpha, b, p.b, a, p.a, &scaled.beta, scaled.c,
-                         p.c, d, p.c, &p.chosen.algo, l.workspace.raw(), kWorkspace, stream));
+                         p.c, d, p.c, &p.chosen.algo, l.workspace.raw(), kGemmWorkspace, stream));
 }
 
 }  // namespace
