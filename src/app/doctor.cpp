@@ -74,7 +74,7 @@ int run_doctor() {
                           : cuda::kBuilt       ? "not one that this program runs on"
                                                : "with a driver; make build-cuda makes use of it");
   for (const auto& [name, file, package] : kOptional)
-    print_row(name, is_found(file) ? place_of(file)
+    print_row(name, is_found(file) ? place_of(std::string(file, std::strstr(file, ".so")))
                                    : fmt::format("missing: apt-get install {}", package));
 
   // A library that is linked and missing keeps the program from starting; the rest is checked here.
