@@ -164,7 +164,7 @@ struct OpBench {
   Value rows = {};
 
   Tensor random_wide(const Shape& shape) const {
-    const Tensor out(shape, wide, context.device, "bench");
+    Tensor out(shape, wide, context.device, "bench");
     fill_normal(out, 1, 0, 1);
     return out;
   }

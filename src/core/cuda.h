@@ -52,8 +52,10 @@ template <class F> F function(void* library, const char* name) {
   return reinterpret_cast<F>(find_function(library, name));
 }
 // A member that is the function of this name in the member `library`.
+// NOLINTBEGIN(bugprone-macro-parentheses)
 #define PITH_LOADED(name) \
   decltype(&::name) name = ::pith::cuda::function<decltype(&::name)>(library, #name)
+// NOLINTEND(bugprone-macro-parentheses)
 
 // What the GPU does between start and stop, through CUPTI, in order; both wait for the GPU. Work
 // launched between begin_tag and end_tag carries the tag. Nsight captures the same stretch

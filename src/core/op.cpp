@@ -101,7 +101,7 @@ void Op::recompute(bool wanted, bool until_flush, const Tensor& y,
         Op op(tape, name, at, {});
         f(op, y);
       });
-  tape_.evictable_.push_back({y, until_flush});
+  tape_.evictable_.emplace_back(y, until_flush);
 }
 
 void Op::backward(std::function<void(Op&)> f) {

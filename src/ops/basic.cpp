@@ -163,7 +163,7 @@ Tensor matmul(Tape& tape, const Tensor& a, const Tensor& b, Loc at) {
   op.require(a.rank() == 2 && b.rank() == 2 && a.dim(1) == b.dim(0),
              "a [m, k] and b [k, n] must share k");
   require_one_dtype(op, a, b);
-  const Tensor y = op.output("matmul", {a.dim(0), b.dim(1)}, a.dtype());
+  Tensor y = op.output("matmul", {a.dim(0), b.dim(1)}, a.dtype());
   product(op, false, false, a, b, y);
   op.backward([=, y = y.identity()](Op& op) {
     const Tensor dy = op.grad(y);
