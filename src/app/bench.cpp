@@ -97,7 +97,6 @@ void bench_train(const BenchOptions& o) {
   say(stderr, plan.table);
   Trainer trainer{run};
   trainer.start();
-  memory::reset_peak(trainer.device);
   double first_step = 0;
   std::vector<double> seconds;
   StepMetrics m;

@@ -68,7 +68,7 @@ struct Timeline {
     uint64_t begin_ns, end_ns, tag;
   };
   std::vector<Run> runs;
-  // How often the host waited for the GPU and launched another kernel after that; -1: not recorded.
+  // How often the host waited for the GPU between its first and its last kernel; -1: not recorded.
   int64_t host_syncs = -1;
 };
 void start_timeline();

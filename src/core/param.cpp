@@ -69,11 +69,10 @@ void ParamSet::allocate(DType compute, Device device, bool training, bool bf16_g
 void ParamSet::initialize(uint64_t seed, double std) {
   for (auto& p : params_) {
     if (p->value.device() == Device::meta) continue;
-    Tensor flat({p->numel()}, p->trained() ? master_dtype(p->value.dtype()) : p->value.dtype(),
-                p->value.device(), "initial");
+    Tensor flat({p->numel()}, master_dtype(p->value.dtype()), p->value.device(), "initial");
     if (p->init == Init::normal) {
       for (const Piece& piece : p->pieces)
-        fill_normal(flat.row_range(piece.begin, piece.begin + piece.shape.numel()),
+        fill_normal(flat.elements(piece.begin, piece.begin + piece.shape.numel()),
                     stream_key(seed, piece.name), 0, std);
     } else {
       const double share = 1.0 / double(p->numel());

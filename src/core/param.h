@@ -35,7 +35,7 @@ struct Param {
 
   Tensor value;  // compute dtype (state: master dtype)
   Tensor rest;   // what a bf16 value lacks of its fp32 master; empty where `value` is the master
-  Tensor grad;   // main gradient, master dtype; a sum over the labels of the step
+  Tensor grad;   // main gradient, master dtype or bf16; a sum over the labels of the step
   // false: the next contribution of this step overwrites (beta 0), no zeroing pass
   bool grad_written = false;
 

@@ -111,8 +111,8 @@ class Tape {
   Tensor& slot(const Tensor& x);
   bool record_;
   std::vector<Entry> entries_;
-  std::vector<std::pair<Tensor, bool>>
-      evictable_;  // and whether until weight gradients are flushed
+  // What Op::recompute allows to give back, and whether until weight gradients are flushed.
+  std::vector<std::pair<Tensor, bool>> evictable_;
   // Of leaves and outputs, by identity; an empty tensor before the first contribution.
   std::unordered_map<uint64_t, Tensor> grads_;
 };

@@ -75,9 +75,8 @@ void Optimizer::update(double lr, int64_t step, double labels) {
     p->grad_written = true;
     grads.push_back(p->grad);
   }
-  squares_ = sum_of_squares(tape, grads);
-  norm_ = clip_by_norm(tape, squares_, labels, rule_.clip_norm);
-  const bool muon = states_.size() < 2 * grads.size();
+  norm_ = clip_by_norm(tape, sum_of_squares(tape, grads), labels, rule_.clip_norm);
+  const bool muon = std::ranges::count(states_, "momentum", &State::kind) > 0;
   const auto scale = muon ? norm_.to_vector<double>() : std::vector<double>{0, 0};
   for (size_t i = 0; i < states_.size(); ++i) {
     const auto& [kind, p, tensor] = states_[i];

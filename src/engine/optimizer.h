@@ -47,7 +47,7 @@ class Optimizer {
   OptimizerConfig rule_;
   Context& context_;
   std::vector<State> states_;  // of one parameter after the other; "v" follows "m"
-  Tensor squares_, norm_;      // of the last update: by trained parameter; see clip_by_norm
+  Tensor norm_;                // of the last update; see clip_by_norm
 };
 
 }  // namespace pith

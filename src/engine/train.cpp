@@ -26,10 +26,11 @@ double mean_statistic(const StepSums& sums, const char* name, double count) {
 // Per MoE layer: tokens of the busiest expert over the mean.
 std::map<int, double> expert_load(const StepSums& sums, const Model& model) {
   std::map<int, double> load;
+  if (model.moe_layers.empty()) return load;
+  const Tensor all = sums.statistics.at("expert_count").on(Device::cpu);  // waits for a GPU once
   for (const int64_t layer : model.moe_layers) {
     const auto row = int64_t(load.size());
-    const auto counts =
-        sums.statistics.at("expert_count").row_range(row, row + 1).to_vector<double>();
+    const auto counts = all.row_range(row, row + 1).to_vector<double>();
     const double total = std::accumulate(counts.begin(), counts.end(), 0.0);
     load[int(layer)] = total > 0 ? std::ranges::max(counts) * double(counts.size()) / total : 0;
   }
@@ -59,15 +60,16 @@ int64_t Trainer::start() {
   if (run.eval.every > 0)
     validation.emplace(corpora, run.data.sequence_length, model->size.vocabulary,
                        run.data.document_mask, std::nullopt);
-  const std::string last = Checkpoints::latest(run.out);
-  if (!last.empty()) {
-    const int64_t step = checkpoints.load(last);
+  int64_t step = 0;
+  if (const std::string last = Checkpoints::latest(run.out); !last.empty()) {
+    step = checkpoints.load(last);
     say(stderr, fmt::format("continuing from {}\n", last));
-    return step;
+  } else {
+    model->params.initialize(uint64_t(run.train.seed), model->size.init_std);
+    if (has_weights(run.model)) load_weights(model->params, run.model, model->ignored_when_reading);
   }
-  model->params.initialize(uint64_t(run.train.seed), model->size.init_std);
-  if (has_weights(run.model)) load_weights(model->params, run.model, model->ignored_when_reading);
-  return 0;
+  memory::reset_peak(device);  // the plan is of steps
+  return step;
 }
 
 double Trainer::validation_loss() {
@@ -141,7 +143,6 @@ void train(const RunConfig& run) {
   for (int s : {SIGTERM, SIGUSR1, SIGINT}) std::signal(s, request_stop);
   const double begin = omp_get_wtime();
   int64_t step = trainer.start(), saved = step;
-  memory::reset_peak(trainer.device);  // initialization is not planned
   const int64_t steps = run.train.steps, last = run.train.last_step();
   const auto say_validation_loss = [&] {  // where no update has a step line of its own to say it
     say(stdout, fmt::format("step {}/{}  validation_loss {:.4f}\n", step, steps,

@@ -345,8 +345,11 @@ __global__ void zero_tail(uint8_t* y, int64_t rows, int64_t row_bytes, const int
 template <Kind kKind, class Out, bool kAdd> void run(const Problem& p, Stream stream) {
   constexpr int bytes = sizeof(typename Gemm<kKind, Out, kAdd>::Shared);
   const auto kernel = grouped_gemm<kKind, Out, kAdd>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  launch(kernel, {multiprocessors() / 2 * 2, 384, bytes}, stream, p);
+  static const int blocks = [&] {  // once: it costs as much as a launch
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    return multiprocessors() / 2 * 2;
+  }();
+  launch(kernel, {blocks, 384, bytes}, stream, p);
 }
 
 // The driver's function, found at run time: the program links nothing of it.
@@ -364,7 +367,8 @@ CUtensorMap map_of(const Tensor& t, int64_t depth, int64_t rows, int64_t cols, i
                  strides[] = {cols * size, cols * rows * size};
   const uint32_t box[] = {uint32_t(128 / size), uint32_t(box_rows), 1}, steps[] = {1, 1, 1};
   CUtensorMap map;
-  const CUresult e = encode_map()(
+  static const auto encode = encode_map();
+  const CUresult e = encode(
       &map, size == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
       const_cast<void*>(t.raw()), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
